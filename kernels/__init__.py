@@ -1,0 +1,1 @@
+"""Triton kernels of ``mirror_opt``, installed as ``mirror_opt.kernels``."""

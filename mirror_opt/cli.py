@@ -1,0 +1,256 @@
+r"""The command ``mirror-opt``: train, evaluate, compare, plot, maps, info.
+
+Input that cannot be used gives one line on stderr and exit status 2, an interruption status 130.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+import mirror_opt
+from mirror_opt import fewshot, maps, meta
+from mirror_opt.errors import InputError
+from mirror_opt.fewshot.cache import cache_dir
+from mirror_opt.runs import plots, results
+from mirror_opt.runs.compare import METHODS, compare, open_comparison
+from mirror_opt.runs.config import GUARDS
+from mirror_opt.runs.evaluate import evaluate_run
+from mirror_opt.runs.train import open_run, train
+
+__all__ = ["main"]
+
+# Options that are no part of what a run is.
+_HOW = ("command", "function", "out", "resume", "overwrite", "download", "save_every", "methods")
+
+
+class _Parser(argparse.ArgumentParser):
+    r"""Reports a mistake in one line, without the usage, which is several."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"mirror-opt: error: {message} (see: {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    r"""Runs the command line ``argv`` (default: the process's own); returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.function(arguments)
+    except InputError as error:
+        return _fail(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}; pass an --out with room to write")
+    except KeyboardInterrupt:
+        return _interrupted(arguments)
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"mirror-opt: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _interrupted(arguments: argparse.Namespace) -> int:
+    hint = ""
+    if arguments.command in ("train", "compare"):
+        out = shlex.quote(str(_out(arguments)))
+        hint = f"; go on with: mirror-opt {arguments.command} --out {out} --resume"
+    print(f"mirror-opt: interrupted{hint}", file=sys.stderr)
+    return 130
+
+
+# The commands.
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    out = _out(arguments)
+    modes = {"resume": "resume" in arguments, "overwrite": "overwrite" in arguments}
+    config = open_run(out, _given(arguments), **modes)
+    rows = train(config, out, overwrite=modes["overwrite"], **_how(arguments))
+    _finish(out, rows)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    out = _out(arguments)
+    modes = {"resume": "resume" in arguments, "overwrite": "overwrite" in arguments}
+    methods = tuple(arguments.methods.split(",")) if "methods" in arguments else None
+    configs = open_comparison(out, _given(arguments), methods, **modes)
+    rows = compare(configs, out, overwrite=modes["overwrite"], **_how(arguments))
+    _finish(out, rows)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    print(results.table(evaluate_run(arguments.out, _given(arguments))))
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    for path in plots.draw(arguments.out, data_dir=getattr(arguments, "data_dir", None)):
+        print(path)
+
+
+def _maps(arguments: argparse.Namespace) -> None:
+    head = ("name", "mu", "ell", "grad h", "inverse", "summary")
+    lines = [head]
+    for name, cls in maps.REGISTRY.items():
+        # On points of a simplex, where every map is defined.
+        mirror_map = maps.create(name, [torch.full((2, 2), 0.5)])
+        if not cls.is_dgf:
+            lines.append((name, "-", "-", "-", "-", f"{cls.summary} (not a DGF)"))
+            continue
+        lines.append((
+            name,
+            "yes" if bool(mirror_map.strong_convexity() > 0) else "none",
+            "yes" if bool(mirror_map.smoothness().isfinite()) else "none",
+            "closed" if mirror_map.forward_is_closed else "Newton",
+            "closed" if mirror_map.inverse_is_closed else "Newton",
+            cls.summary,
+        ))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for line in lines:
+        cells = (f"{cell:{width}}" for cell, width in zip(line, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    data = os.environ.get("MIRROR_OPT_DATA")
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found = results.versions("cpu")
+    facts = {
+        "mirror_opt": found["mirror_opt"],
+        "torch": found["torch"],
+        "python": found["python"],
+        "threads": torch.get_num_threads(),
+        "cuda": ", ".join(cuda) or "none",
+        "tasks": ", ".join(fewshot.TASKS),
+        "methods": ", ".join(meta.METHODS),
+        "maps": ", ".join(maps.REGISTRY),
+        "data": data or "none (pass --data-dir, or set MIRROR_OPT_DATA)",
+        "cache": cache_dir(),
+    }
+    width = max(map(len, facts))
+    for name, fact in facts.items():
+        print(f"{name:{width}}  {fact}")
+
+
+def _finish(out: Path, rows: list[dict[str, Any]]) -> None:
+    print(results.table(rows))
+    plots.draw(out)
+    print(f"results, checkpoints and plots are in {out}")
+
+
+# What was given.
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(arguments).items() if name not in _HOW}
+
+
+def _how(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("download", "save_every")
+    return {name: getattr(arguments, name) for name in names if name in arguments}
+
+
+def _out(arguments: argparse.Namespace) -> Path:
+    if "out" in arguments:
+        return Path(arguments.out)
+    name = getattr(arguments, "method", "mirror") if arguments.command == "train" else "compare"
+    if "task" not in arguments:
+        raise InputError("--task: missing; pass sinusoid, glyphs, omniglot or folder")
+    return Path("runs") / f"{arguments.task}-{name}"
+
+
+# The options. None has a default here: what was not given is told apart, so that a resumed run
+# keeps its own, and the defaults depend on task and method.
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mirror-opt",
+        description="Meta-learn mirror maps on few-shot tasks, and compare them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=mirror_opt.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, function: Callable, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=help, description=help, allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+        )
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command("train", _train, "meta-train one method and evaluate it on new tasks")
+    sub.add_argument("--method", help=f"{', '.join(meta.METHODS)} (default: mirror)")
+    _training_options(sub)
+    sub = command("compare", _compare, "train several methods on the same tasks and budget")
+    sub.add_argument(
+        "--methods",
+        help=f"comma-separated, of {', '.join(meta.METHODS)} (default: {','.join(METHODS)})",
+    )
+    _training_options(sub)
+    sub = command("evaluate", _evaluate, "evaluate the checkpoints of a run on new tasks")
+    _task_options(sub)
+    _evaluation_options(sub)
+    _run_options(sub, required=True)
+    sub = command("plot", _plot, "redraw the pictures of a run from its rows and checkpoints")
+    sub.add_argument("--data-dir", help="where the data of omniglot or folder is now")
+    sub.add_argument("--out", required=True, help="the run's directory")
+    command("maps", _maps, "list the mirror maps")
+    command("info", _info, "versions, devices, data and cache folders")
+    return parser
+
+
+def _training_options(sub: argparse.ArgumentParser) -> None:
+    _task_options(sub)
+    add = sub.add_argument
+    add("--map", help="the mirror map of method mirror (default: kronecker; see: maps)")
+    add("--map-options", help="options of the map as name=value,..., such as terms=4,units=4")
+    add("--iterations", type=int, help="meta-iterations")
+    add("--tasks-per-batch", type=int, help="tasks per meta-iteration")
+    add("--train-steps", help="inner steps trained through: 5, or 1-5 for a random number")
+    add("--lr", type=float, help="inner step size alpha (defaults of rates: by method and task)")
+    add("--init-lr", type=float, help="outer rate of the initialisation")
+    add("--map-lr", type=float, help="outer rate of the map's parameters")
+    add("--rate-lr", type=float, help="outer rate of learned inner rates")
+    add("--seed", type=int, help="decides initialisation and tasks (default: 0)")
+    _evaluation_options(sub)
+    _run_options(sub, required=False)
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    add("--download", action="store_true", help="fetch Omniglot from its official source")
+    add("--save-every", type=float, help="seconds between checkpoints (default: 30)")
+
+
+def _task_options(sub: argparse.ArgumentParser) -> None:
+    add = sub.add_argument
+    add("--task", help=", ".join(fewshot.TASKS))
+    add("--ways", type=int, help="classes per task (default: 5)")
+    add("--shots", type=int, help="support examples per class (default: 1; sinusoid: 10 points)")
+    add("--queries", type=int, help="query examples per class (default: 15; sinusoid: 10 points)")
+    add("--filters", type=int, help="filters of the Conv4 network (default: 32)")
+    add("--data-dir", help="the data of omniglot or folder (default: MIRROR_OPT_DATA)")
+    add("--task-options", help="further options of the task, such as split=background")
+
+
+def _evaluation_options(sub: argparse.ArgumentParser) -> None:
+    add = sub.add_argument
+    add("--adapt-steps", help="step counts to evaluate after (default: 0,1,2,3,5,10)")
+    add("--test-tasks", type=int, help="new tasks to evaluate on")
+    add("--guard", help=f"step-size safeguard: {', '.join(GUARDS)} (auto: past the trained steps)")
+    add("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--threads", type=int, help="CPU threads (default: torch's)")
+
+
+def _run_options(sub: argparse.ArgumentParser, required: bool) -> None:
+    sub.add_argument("--out", required=required, help="the run's directory (default: runs/...)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+r"""Where decoded images are kept between runs, and how a file is written there.
+
+Every file in the cache can be made again, so a damaged one is replaced, never trusted: its name
+carries a digest of all that decides its content. Files are plain ``.npy`` and ``.npz`` arrays,
+read without pickle.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+from uuid import uuid4
+from zipfile import BadZipFile
+
+import numpy as np
+
+from mirror_opt.errors import InputError
+
+__all__ = ["atomic_write", "cache_dir", "cached_array", "cached_arrays", "digest"]
+
+
+def cache_dir() -> Path:
+    r"""The folder of the cache: ``MIRROR_OPT_CACHE``, or else ``~/.cache/mirror_opt``."""
+    named = os.environ.get("MIRROR_OPT_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "mirror_opt"
+
+
+def digest(*parts: Any) -> str:
+    r"""Sixteen hexadecimal digits that name ``parts``, which JSON must be able to hold.
+
+    Example:
+        >>> digest("glyphs", 1) == digest("glyphs", 1)
+        True
+    """
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    r"""Opens a binary file that appears at ``path`` only when it was written to the end.
+
+    The bytes go to a temporary file in the same folder, which replaces ``path`` in one step and
+    is removed after an exception, so no reader ever sees a half-written file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        with part.open("xb") as file:
+            yield file
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def cached_array(name: str, build: Callable[[], np.ndarray]) -> np.ndarray:
+    r"""The array of the cache file ``name`` (``.npy``), built and written if it is not there.
+
+    It is mapped into memory, read-only: a large data set costs the pages that are used.
+
+    Raises:
+        InputError: the cache folder cannot be read or written.
+    """
+
+    def load(path: Path) -> np.ndarray:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+    def save(file: BinaryIO, array: np.ndarray) -> None:
+        np.save(file, array, allow_pickle=False)
+
+    return _cached(name, load, save, build)
+
+
+def cached_arrays(name: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    r"""The arrays of the cache file ``name`` (``.npz``), built and written if it is not there.
+
+    Raises:
+        InputError: the cache folder cannot be read or written.
+    """
+
+    def load(path: Path) -> dict[str, np.ndarray]:
+        # Opened here, because np.load leaves a file that is no archive open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def save(file: BinaryIO, arrays: dict[str, np.ndarray]) -> None:
+        np.savez_compressed(file, **arrays)
+
+    return _cached(name, load, save, build)
+
+
+_Content = TypeVar("_Content")
+
+
+def _cached(
+    name: str,
+    load: Callable[[Path], _Content],
+    save: Callable[[BinaryIO, _Content], None],
+    build: Callable[[], _Content],
+) -> _Content:
+    path = cache_dir() / name
+    try:
+        # What a damaged file raises; it is built again below.
+        with suppress(FileNotFoundError, ValueError, EOFError, BadZipFile, zlib.error):
+            return load(path)
+        content = build()
+        with atomic_write(path) as file:
+            save(file, content)
+        return load(path)
+    except OSError as error:
+        raise InputError(
+            f"cannot use the cache file {path}: {error.strerror or error}; "
+            "set MIRROR_OPT_CACHE to a folder that can be written and has room"
+        ) from error

@@ -1,0 +1,187 @@
+r"""Image folder: few-shot classification of any images that lie in folders of classes."""
+
+import csv
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from mirror_opt.errors import InputError
+from mirror_opt.fewshot.episodes import SPLITS, ImageSet, ImageTasks
+from mirror_opt.fewshot.images import ImageFile, inspect, list_images, read_images
+
+__all__ = ["ImageFolder"]
+
+_Classes = dict[str, list[ImageFile]]  # the images of each class
+_LARGEST_DEFAULT = 84  # pixels, the side of mini-ImageNet's images
+_SPLIT_FILE = "splits.json"
+
+
+class ImageFolder(ImageTasks):
+    r"""Image classes from a folder, in one of three forms (the first that is found):
+
+    - a split file ``splits.json``, ``{"train": ["apple", ...], "val": [...], "test": [...]}``,
+      beside the class folders ``apple/*.png`` or a folder ``images`` of them;
+    - a list for each split, ``train.csv``, ``val.csv`` and ``test.csv`` with the columns
+      ``filename,label``, beside the images or a folder ``images`` of them (mini-ImageNet);
+    - a folder for each split, ``train/apple/*.png``, ``val/...`` and ``test/...`` (CIFAR-FS).
+
+    Any folder may be a zip file of its name (``train.zip``, ``images.zip``), read as it is.
+    Train and test are needed, validation only where it is sampled. Images are resized to
+    ``image_size`` and decoded once, into the cache.
+
+    Arguments:
+        ways: The number of classes in a task.
+        shots: The number of support images of each class.
+        queries: The number of query images of each class.
+        seed: Chooses the stream of tasks.
+        data_dir: The folder. Default: ``MIRROR_OPT_DATA``.
+        image_size: The side of the images in pixels. Default: the shorter side of the first
+            training image, at most 84.
+
+    Raises:
+        InputError: a folder, a split or a listed image that is absent, a class in two splits or
+            with too few images, an image that cannot be read, a number out of range.
+    """
+
+    name = "folder"
+
+    def __init__(
+        self,
+        *,
+        ways: int = 5,
+        shots: int = 1,
+        queries: int = 15,
+        seed: int = 0,
+        data_dir: str | os.PathLike | None = None,
+        image_size: int | None = None,
+    ):
+        root = _root(data_dir)
+        splits = _splits(root)
+        first = next(iter(splits["train"].values()))[0]
+        side, channels = inspect(first)
+        size = min(side, _LARGEST_DEFAULT) if image_size is None else image_size
+        if not isinstance(size, int) or size < 1:
+            raise InputError(f"image_size is {size!r}: pass the side of the images in pixels")
+        sets = {split: _read(classes, size, channels) for split, classes in splits.items()}
+        super().__init__(sets, ways=ways, shots=shots, queries=queries, seed=seed)
+
+
+def _root(data_dir: str | os.PathLike | None) -> Path:
+    named = os.environ.get("MIRROR_OPT_DATA") if data_dir is None else data_dir
+    if not named:
+        raise InputError(
+            "task folder has no folder: pass it as data_dir (--data-dir) or MIRROR_OPT_DATA"
+        )
+    if not Path(named).is_dir():
+        raise InputError(
+            f"{named} is no folder: pass one with train, val and test as data_dir (--data-dir)"
+        )
+    return Path(named)
+
+
+def _splits(root: Path) -> dict[str, _Classes]:
+    files = list_images(root)
+    if (root / _SPLIT_FILE).is_file():
+        splits = _from_classes(root / _SPLIT_FILE, files)
+    elif any((root / f"{split}.csv").is_file() for split in SPLITS):
+        splits = _from_lists(root, files)
+    else:
+        splits = _from_folders(files)
+    for split in ("train", "test"):
+        if not splits.get(split):
+            held = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
+            raise InputError(
+                f"no split {split!r} in {root}: it needs class folders in {split}/ or "
+                f"{split}.zip, or {split}.csv, or {_SPLIT_FILE}; it holds {held}"
+            )
+    splits = {split: splits[split] for split in SPLITS if splits.get(split)}
+    for one, other in combinations(splits, 2):
+        if shared := sorted(splits[one].keys() & splits[other].keys()):
+            raise InputError(
+                f"class {shared[0]!r} in {root} is in both {one} and {other}: leave it in one"
+            )
+    return splits
+
+
+def _from_folders(files: Mapping[str, ImageFile]) -> dict[str, _Classes]:
+    splits: dict[str, _Classes] = defaultdict(lambda: defaultdict(list))
+    for name, file in files.items():
+        split, _, rest = name.partition("/")
+        label = rest.rpartition("/")[0]
+        if split in SPLITS and label:
+            splits[split][label].append(file)
+    return splits
+
+
+def _from_classes(path: Path, files: Mapping[str, ImageFile]) -> dict[str, _Classes]:
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+        named = {split: [str(label) for label in listed.get(split, [])] for split in SPLITS}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"cannot read {path}: {error}; write a JSON object with a list of classes for each "
+            f"of {', '.join(SPLITS)}"
+        ) from error
+    folders: _Classes = defaultdict(list)
+    for name, file in files.items():
+        folders[name.rpartition("/")[0]].append(file)
+    splits: dict[str, _Classes] = {split: {} for split in SPLITS}
+    for split, labels in named.items():
+        for label in labels:
+            images = folders.get(f"images/{label}") or folders.get(label)
+            if not images:
+                raise InputError(
+                    f"{path} names class {label!r}, but there is no image in "
+                    f"{path.parent / 'images' / label} or {path.parent / label}"
+                )
+            splits[split][label] = images
+    return splits
+
+
+def _from_lists(root: Path, files: Mapping[str, ImageFile]) -> dict[str, _Classes]:
+    splits: dict[str, _Classes] = {}
+    listed: set[str] = set()
+    for split in SPLITS:
+        path = root / f"{split}.csv"
+        if not path.is_file():
+            continue
+        classes: _Classes = defaultdict(list)
+        for line, (name, label) in enumerate(_rows(path), start=2):
+            file = files.get(f"images/{name}") or files.get(name)
+            if file is None:
+                raise InputError(
+                    f"{path}, line {line}: no image {name!r} in {root / 'images'} or {root}"
+                )
+            if name in listed:
+                raise InputError(f"{path}, line {line}: {name!r} is listed twice: leave one")
+            listed.add(name)
+            classes[label].append(file)
+        splits[split] = classes
+    return splits
+
+
+def _rows(path: Path) -> list[tuple[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [(row.get("filename"), row.get("label")) for row in csv.DictReader(file)]
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"cannot read {path}: {error}; write it again as UTF-8 text") from error
+    for line, row in enumerate(rows, start=2):
+        if not all(row):
+            raise InputError(
+                f"{path}, line {line}: no filename or no label; write both, under the first "
+                "line filename,label"
+            )
+    return rows
+
+
+def _read(classes: _Classes, size: int, channels: int) -> ImageSet:
+    files = [file for images in classes.values() for file in images]
+    ends = np.cumsum([len(images) for images in classes.values()])
+    members = tuple(np.split(np.arange(len(files)), ends[:-1]))
+    return ImageSet(read_images(files, size, channels), members, tuple(classes))

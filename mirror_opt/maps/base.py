@@ -1,0 +1,235 @@
+"""The interface of every mirror map, and the registry by which the package finds them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mirror_opt.errors import InputError
+
+__all__ = ["REGISTRY", "MirrorMap", "Profile", "create", "dot", "register"]
+
+Tensors = Sequence[Tensor | None]
+
+
+class Profile(NamedTuple):
+    """One curve of a learned map, for a plot: psi against the identity, in units of the map."""
+
+    label: str
+    x: Tensor
+    y: Tensor
+
+
+def dot(xs: Tensors, ys: Tensors) -> Tensor:
+    """<x, y> summed over the tensors of two sequences; pairs with a None count nothing."""
+    terms = [(x * y).sum() for x, y in zip(xs, ys, strict=True) if x is not None and y is not None]
+    return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+class MirrorMap(nn.Module):
+    r"""The gradient of a distance-generating function (DGF) h over a sequence of tensors.
+
+    ``forward`` is the mirror map grad h, ``inverse`` its inverse grad h*, the gradient of the convex
+    conjugate. One mirror step is ``inverse(forward(x) - lr * gradient)`` (Nemirovski and Yudin
+    1983; Beck and Teboulle 2003).
+
+    All methods take a sequence of tensors, one for each parameter; entries that are None (no
+    gradient) pass through as None. ``coefficients()`` holds what depends on the map's own
+    parameters alone: compute it once and hand it to many calls.
+
+    Subclasses implement, for one tensor and its coefficients, ``_gradient``, ``_gradient_conjugate``
+    and ``_potential`` or ``_conjugate``.
+
+    Attributes:
+        name: the name in the registry.
+        summary: one line for listings.
+        is_dgf: False for a transform of the gradient that is no gradient of a convex function.
+        owns_tensors: True when the constructor takes the parameters first.
+        anchored: True when the map acts on the displacement phi - phi_0 from an anchor phi_0 (the
+            initial parameters), which the caller subtracts; False when it acts on phi.
+        domain: where x may lie: ``"reals"``, ``"positive"`` or ``"simplex"``.
+        forward_is_closed, inverse_is_closed: False where a Newton solve is needed.
+        variants: constructor options that together reach every path; tests run all of them.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    is_dgf: ClassVar[bool] = True
+    owns_tensors: ClassVar[bool] = False
+    anchored: ClassVar[bool] = False
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    domain: str = "reals"
+    forward_is_closed: bool = True
+    inverse_is_closed: bool = True
+
+    # The mathematics, tensor by tensor.
+
+    def coefficients(self) -> Sequence[Any] | None:
+        """What the map computes from its own parameters, one entry a tensor; None if nothing."""
+        return None
+
+    def _gradient(self, x: Tensor, coefficient: Any) -> Tensor:
+        raise NotImplementedError
+
+    def _gradient_conjugate(self, z: Tensor, coefficient: Any) -> Tensor:
+        raise NotImplementedError
+
+    def _potential(self, x: Tensor, coefficient: Any) -> Tensor:
+        # Fenchel's equality: h(x) + h*(z) = <z, x> at z = grad h(x).
+        z = self._gradient(x, coefficient)
+        return (z * x).sum() - self._conjugate(z, coefficient)
+
+    def _conjugate(self, z: Tensor, coefficient: Any) -> Tensor:
+        x = self._gradient_conjugate(z, coefficient)
+        return (z * x).sum() - self._potential(x, coefficient)
+
+    # The interface.
+
+    def forward(self, xs: Tensors, coefficients: Sequence[Any] | None = None) -> tuple:
+        """The mirror map z = grad h(x): a tuple of tensors shaped as ``xs``."""
+        return tuple(
+            None if x is None else self._gradient(x, c) for x, c in self._pairs(xs, coefficients)
+        )
+
+    def inverse(self, zs: Tensors, coefficients: Sequence[Any] | None = None) -> tuple:
+        """The inverse mirror map x = grad h*(z): a tuple of tensors shaped as ``zs``.
+
+        Raises:
+            NewtonError: a Newton solve did not converge, or ``zs`` holds NaN or Inf.
+        """
+        return tuple(
+            None if z is None else self._gradient_conjugate(z, c)
+            for z, c in self._pairs(zs, coefficients)
+        )
+
+    def potential(self, xs: Tensors) -> Tensor:
+        """h(x), a 0-dim tensor."""
+        return self._total(self._potential, xs)
+
+    def conjugate(self, zs: Tensors) -> Tensor:
+        """The convex conjugate h*(z), a 0-dim tensor."""
+        return self._total(self._conjugate, zs)
+
+    def bregman(self, xs: Tensors, ys: Tensors) -> Tensor:
+        """D_h(x, y) = h(x) - h(y) - <grad h(y), x - y> >= 0, a 0-dim tensor."""
+        step = [None if x is None else x - y for x, y in zip(xs, ys, strict=True)]
+        return self.potential(xs) - self.potential(ys) - dot(self.forward(ys), step)
+
+    def strong_convexity(self) -> Tensor:
+        """mu > 0 with D_h(x, y) >= mu/2 |x - y|^2 on the domain; 0 when there is none."""
+        raise NotImplementedError
+
+    def smoothness(self) -> Tensor:
+        """ell with D_h(x, y) <= ell/2 |x - y|^2 on the domain; inf when there is none."""
+        raise NotImplementedError
+
+    def calibrate(self, displacements: Sequence[Tensors]) -> None:
+        """Sets the scale of the nonlinearity from sample displacements, -lr * gradient.
+
+        Args:
+            displacements: a list over samples of lists over tensors. Maps that have no scale
+                ignore them.
+        """
+
+    def profiles(self) -> list[Profile]:
+        """Curves that show what was learned; empty for maps that learn no curve."""
+        return []
+
+    # Input.
+
+    def check(self, params: Sequence[Tensor]) -> None:
+        """Raises InputError unless the map serves these parameters (number, shapes, domain)."""
+        outside = {
+            "reals": lambda p: False,
+            "positive": lambda p: not bool((p > 0).all()),
+            "simplex": lambda p: not self._on_simplex(p),
+        }[self.domain]
+        for i, p in enumerate(params):
+            if outside(p.detach()):
+                raise InputError(
+                    f"parameter {i} of shape {tuple(p.shape)} is not in the domain of "
+                    f"{type(self).__name__} ({self.domain}): initialise it with positive entries"
+                    + (" that sum to 1 along the last dimension" * (self.domain == "simplex"))
+                )
+
+    @staticmethod
+    def _on_simplex(p: Tensor) -> bool:
+        total = p.double().sum(-1)
+        return bool((p > 0).all()) and bool(((total - 1).abs() < 1e-2).all())
+
+    def _pairs(self, xs: Tensors, coefficients: Sequence[Any] | None) -> Iterator[tuple]:
+        coefficients = self.coefficients() if coefficients is None else coefficients
+        if coefficients is None:
+            return ((x, None) for x in xs)
+        if len(xs) != len(coefficients):
+            raise InputError(
+                f"{type(self).__name__} was built for {len(coefficients)} tensors and got "
+                f"{len(xs)}: pass one entry for each, None where there is no gradient"
+            )
+        return zip(xs, coefficients, strict=True)
+
+    def _total(self, function: Callable[[Tensor, Any], Tensor], xs: Tensors) -> Tensor:
+        terms = [function(x, c) for x, c in self._pairs(xs, None) if x is not None]
+        return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+class OwningMap(MirrorMap):
+    """A map with parameters of its own for each tensor; the constructor takes the tensors first."""
+
+    owns_tensors = True
+
+    def __init__(self, params: Sequence[Tensor]):
+        super().__init__()
+        params = list(params)
+        if not params:
+            raise InputError(f"{type(self).__name__} got no parameters: pass a non-empty sequence")
+        for i, p in enumerate(params):
+            if not isinstance(p, Tensor) or not p.is_floating_point():
+                got = p.dtype if isinstance(p, Tensor) else type(p).__name__
+                raise InputError(
+                    f"parameter {i} of {type(self).__name__} is {got}: pass real floating tensors"
+                )
+        self.shapes = [tuple(p.shape) for p in params]
+
+    def check(self, params: Sequence[Tensor]) -> None:
+        shapes = [tuple(p.shape) for p in params]
+        if shapes != self.shapes:
+            raise InputError(
+                f"{type(self).__name__} was built for tensors of shapes {self.shapes} and got "
+                f"{shapes}: build it from the parameters that it is to serve"
+            )
+        super().check(params)
+
+
+REGISTRY: dict[str, type[MirrorMap]] = {}
+
+
+def register(name: str, summary: str) -> Callable[[type[MirrorMap]], type[MirrorMap]]:
+    """Class decorator: makes a map known to ``create``, the command line and the tests."""
+
+    def add(cls: type[MirrorMap]) -> type[MirrorMap]:
+        cls.name, cls.summary = name, summary
+        REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def create(name: str, params: Sequence[Tensor], **options: Any) -> MirrorMap:
+    """A registered map for these parameters.
+
+    Raises:
+        InputError: no map has this name, or the map has no such option.
+
+    Example:
+        >>> create("kronecker", [torch.zeros(3, 4)], units=2).name
+        'kronecker'
+    """
+    if name not in REGISTRY:
+        raise InputError(f"no mirror map named {name!r}: choose one of {', '.join(REGISTRY)}")
+    cls = REGISTRY[name]
+    try:
+        return cls(params, **options) if cls.owns_tensors else cls(**options)
+    except TypeError as error:
+        raise InputError(f"mirror map {name!r}: {error}") from error

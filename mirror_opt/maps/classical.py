@@ -1,0 +1,249 @@
+"""Mirror maps with closed forms: the geometries of the literature."""
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mirror_opt.errors import InputError
+from mirror_opt.maps.base import MirrorMap, OwningMap, register
+from mirror_opt.newton import solve_monotone
+
+__all__ = ["Diagonal", "Euclidean", "Hypentropy", "NegativeEntropy", "PNorm"]
+
+
+@register("euclidean", "h = |x|^2 / 2: gradient descent; MAML when the init is learned")
+class Euclidean(MirrorMap):
+    r"""h(x) = \|x\|^2 / 2, grad h the identity: gradient descent.
+
+    mu = ell = 1.
+    """
+
+    def _gradient(self, x: Tensor, coefficient: None) -> Tensor:
+        return x
+
+    def _gradient_conjugate(self, z: Tensor, coefficient: None) -> Tensor:
+        return z
+
+    def _potential(self, x: Tensor, coefficient: None) -> Tensor:
+        return (x * x).sum() / 2
+
+    def strong_convexity(self) -> Tensor:
+        return torch.ones(())
+
+    def smoothness(self) -> Tensor:
+        return torch.ones(())
+
+
+@register("diagonal", "h = sum x_i^2 / (2 d_i), d > 0 learned: Meta-SGD with positive rates")
+class Diagonal(OwningMap):
+    r"""h(x) = sum_i x_i^2 / (2 d_i), grad h = x / d: one learned positive rate an element.
+
+    d = exp(log_d) starts at 1. A mirror step is x - lr d g, so this is Meta-SGD (Li et al. 2017)
+    with positive rates. mu = 1 / max d, ell = 1 / min d.
+
+    Args:
+        params: the parameters that it serves.
+    """
+
+    anchored = True
+
+    def __init__(self, params: Sequence[Tensor]):
+        params = list(params)
+        super().__init__(params)
+        self.log_d = nn.ParameterList(nn.Parameter(torch.zeros_like(p)) for p in params)
+
+    def coefficients(self) -> list[Tensor]:
+        return [log_d.exp() for log_d in self.log_d]
+
+    def _gradient(self, x: Tensor, coefficient: Tensor) -> Tensor:
+        return x / coefficient
+
+    def _gradient_conjugate(self, z: Tensor, coefficient: Tensor) -> Tensor:
+        return z * coefficient
+
+    def _potential(self, x: Tensor, coefficient: Tensor) -> Tensor:
+        return (x * x / coefficient).sum() / 2
+
+    def _extreme(self, largest: bool) -> Tensor:
+        log_d = torch.cat([log_d.flatten() for log_d in self.log_d])
+        return (log_d.max() if largest else log_d.min()).exp()
+
+    def strong_convexity(self) -> Tensor:
+        return 1 / self._extreme(largest=True)
+
+    def smoothness(self) -> Tensor:
+        return 1 / self._extreme(largest=False)
+
+
+def _power(r: Tensor, exponent: float) -> Tensor:
+    # r^exponent for r >= 0 whose derivative at 0 is taken as 0: below exponent 1 the true slope
+    # there is infinite and would turn every meta-gradient through a zero parameter into NaN.
+    zero = r == 0
+    at_zero = 1.0 if exponent == 0 else 0.0
+    return torch.where(zero, at_zero, torch.where(zero, 1, r) ** exponent)
+
+
+class _PNormRoot(torch.autograd.Function):
+    """The r >= 0 with r^(p-1) + eps r = t, for t >= 0 and eps > 0, with implicit derivatives."""
+
+    @staticmethod
+    def forward(t: Tensor, p: float, eps: float) -> Tensor:
+        if not t.numel():
+            return t.clone()
+
+        def f(r: Tensor) -> tuple[Tensor, Tensor]:
+            r = r.clamp(min=0)
+            return r ** (p - 1) + eps * r, (p - 1) * r ** (p - 2) + eps
+
+        # Each term is at most the sum, which bounds the root from above.
+        upper = torch.minimum(t ** (1 / (p - 1)), t / eps)
+        solution = solve_monotone(f, t, torch.zeros_like(t), upper, start=upper)
+        return solution.unwrap().clamp(min=0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, ctx.p, ctx.eps = inputs
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, grad_r: Tensor):
+        (r,) = ctx.saved_tensors
+        p, eps = ctx.p, ctx.eps
+        if p < 2:  # 1 / slope, multiplied out by r^(2-p) so that it is finite at r = 0
+            decay = _power(r, 2 - p)
+            return grad_r * decay / ((p - 1) + eps * decay), None, None
+        return grad_r / ((p - 1) * _power(r, p - 2) + eps), None, None
+
+    @staticmethod
+    def vmap(info, in_dims, t: Tensor, p: float, eps: float):
+        return _PNormRoot.apply(t, p, eps), in_dims[0]
+
+
+@register("pnorm", "h = sum |x_i|^p / p: p-norm mirror descent; p near 1 favours sparse solutions")
+class PNorm(MirrorMap):
+    r"""h(x) = sum_i |x_i|^p / p + (eps / 2) |x|^2, grad h = sign(x) |x|^(p-1) + eps x.
+
+    p-norm mirror descent (Azizan, Lale and Hassibi 2021); p = 2 is gradient descent, p near 1
+    favours sparse solutions, large p those of small maximum norm. The inverse is closed for
+    eps = 0, else Newton. For p < 2 the slope of grad h at 0 is infinite; the derivative there is
+    taken as 0, so that meta-gradients stay finite.
+
+    mu = eps, plus 1 for p = 2; without eps there is none (for p < 2, h is strongly convex on
+    bounded sets only). ell is finite for p = 2 alone.
+
+    Args:
+        p: the power, > 1.
+        eps: the strength of the quadratic term, >= 0.
+
+    Example:
+        >>> PNorm(1.5).inverse(PNorm(1.5)([torch.tensor([-4.0, 0.0, 9.0])]))
+        (tensor([-4.,  0.,  9.]),)
+    """
+
+    variants: ClassVar = ({}, {"p": 3.0}, {"p": 1.1, "eps": 0.1}, {"p": 3.0, "eps": 0.5})
+
+    def __init__(self, p: float = 1.5, eps: float = 0.0):
+        if not (1 < p < math.inf):
+            raise InputError(f"Invalid {p=}: pass a finite power above 1")
+        if not (0 <= eps < math.inf):
+            raise InputError(f"Invalid {eps=}: pass a finite number of at least 0")
+        super().__init__()
+        self.p, self.eps = float(p), float(eps)
+        self.inverse_is_closed = eps == 0
+
+    def _gradient(self, x: Tensor, coefficient: None) -> Tensor:
+        return x.sign() * _power(x.abs(), self.p - 1) + self.eps * x
+
+    def _gradient_conjugate(self, z: Tensor, coefficient: None) -> Tensor:
+        if self.eps == 0:
+            return z.sign() * _power(z.abs(), 1 / (self.p - 1))
+        return z.sign() * _PNormRoot.apply(z.abs(), self.p, self.eps)
+
+    def _potential(self, x: Tensor, coefficient: None) -> Tensor:
+        return _power(x.abs(), self.p).sum() / self.p + self.eps / 2 * (x * x).sum()
+
+    def strong_convexity(self) -> Tensor:
+        return torch.tensor(self.eps + (self.p == 2))
+
+    def smoothness(self) -> Tensor:
+        return torch.tensor(self.eps + 1 if self.p == 2 else math.inf)
+
+
+@register("hypentropy", "h' = asinh(x / beta): exponentiated gradient for weights of either sign")
+class Hypentropy(MirrorMap):
+    r"""h(x) = sum_i x_i asinh(x_i / beta) - sqrt(x_i^2 + beta^2) + beta, grad h = asinh(x / beta).
+
+    The hyperbolic entropy (Ghai, Hazan and Singer 2020) lies between exponentiated gradient
+    (beta small: sparse solutions) and gradient descent (beta large). h'' = 1 / sqrt(x^2 + beta^2):
+    ell = 1 / beta, and no mu over the whole line.
+
+    Args:
+        beta: the scale at which the geometry turns from quadratic to entropic, > 0, in the units
+            of the parameters.
+    """
+
+    variants: ClassVar = ({}, {"beta": 1e-3})
+
+    def __init__(self, beta: float = 1.0):
+        if not (0 < beta < math.inf):
+            raise InputError(f"Invalid {beta=}: pass a finite number above 0")
+        super().__init__()
+        self.beta = float(beta)
+
+    def _gradient(self, x: Tensor, coefficient: None) -> Tensor:
+        return torch.asinh(x / self.beta)
+
+    def _gradient_conjugate(self, z: Tensor, coefficient: None) -> Tensor:
+        return self.beta * torch.sinh(z)
+
+    def _potential(self, x: Tensor, coefficient: None) -> Tensor:
+        r = x / self.beta
+        # sqrt(1 + r^2) - 1 without cancellation near 0.
+        root = r * r / (1 + torch.sqrt(1 + r * r))
+        return self.beta * (r * torch.asinh(r) - root).sum()
+
+    def strong_convexity(self) -> Tensor:
+        return torch.zeros(())
+
+    def smoothness(self) -> Tensor:
+        return torch.tensor(1 / self.beta)
+
+
+@register("negative-entropy", "h = sum x log x: multiplicative weights, positive or on the simplex")
+class NegativeEntropy(MirrorMap):
+    r"""h(x) = sum_i x_i log x_i - x_i, grad h = log x: multiplicative weights.
+
+    On the simplex the inverse is the softmax over the last dimension (exponentiated gradient,
+    Kivinen and Warmuth 1997), so that ``inverse(forward(x)) = x`` there; duals that differ by a
+    constant are one point. mu = 1 on the simplex (Pinsker); none on the positive orthant. No ell.
+
+    Args:
+        simplex: True for rows (along the last dimension) that are positive and sum to 1; False
+            for positive entries.
+    """
+
+    variants: ClassVar = ({}, {"simplex": False})
+
+    def __init__(self, simplex: bool = True):
+        super().__init__()
+        self.simplex = bool(simplex)
+        self.domain = "simplex" if simplex else "positive"
+
+    def _gradient(self, x: Tensor, coefficient: None) -> Tensor:
+        # An entry that underflowed to 0 would have a dual of -inf and never come back.
+        return x.clamp(min=torch.finfo(x.dtype).tiny).log()
+
+    def _gradient_conjugate(self, z: Tensor, coefficient: None) -> Tensor:
+        return torch.softmax(z, -1) if self.simplex else z.exp()
+
+    def _potential(self, x: Tensor, coefficient: None) -> Tensor:
+        return (torch.xlogy(x, x) - x).sum()
+
+    def strong_convexity(self) -> Tensor:
+        return torch.ones(()) if self.simplex else torch.zeros(())
+
+    def smoothness(self) -> Tensor:
+        return torch.tensor(math.inf)

@@ -1,0 +1,279 @@
+"""SeparableNeural: a learned increasing function of each coordinate."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mirror_opt.errors import InputError
+from mirror_opt.maps.base import OwningMap, Profile, Tensors, register
+from mirror_opt.ops import psi_inverse
+from mirror_opt.reference import psi
+from mirror_opt.reference import SIGMAS, Units, psi_integral, psi_slope_bounds
+
+__all__ = ["NeuralMap", "NeuralUnits", "Separable", "SeparableNeural", "learned_dtype"]
+
+
+def learned_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a map's own parameters: half-precision tensors get float32 maps."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Separable(NamedTuple):
+    """S(u) = gain * psi(u): what one tensor's elementwise map needs.
+
+    Attributes:
+        gain: e^a > 0, broadcastable to u.
+        units: coefficients of psi, each ``(K, *)`` with ``(*)`` broadcastable to u.
+        sigma: a key of ``reference.SIGMAS``.
+    """
+
+    gain: Tensor
+    units: Units
+    sigma: str
+
+    def value(self, u: Tensor) -> Tensor:
+        """S(u)."""
+        return self.gain * psi(u, self.units, self.sigma)
+
+    def inverse(self, t: Tensor) -> Tensor:
+        """The u with S(u) = t."""
+        return psi_inverse(t / self.gain, self.units, self.sigma)
+
+    def integral(self, u: Tensor) -> Tensor:
+        """The sum over all entries of the antiderivative of S that vanishes at 0."""
+        return (self.gain * psi_integral(u, self.units, self.sigma)).sum()
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest slope that S can have anywhere, 0-dim."""
+        lower, upper = psi_slope_bounds(self.units)
+        return (self.gain * lower).min(), (self.gain * upper).max()
+
+
+class NeuralUnits(nn.Module):
+    r"""The free parameters of S for one tensor, scale-free and bounded by construction.
+
+    With v = u / unit, where ``unit`` is the calibrated rms of u,
+
+        S(u) = e^(gain + a) unit [v + sum_k w_k (sigma(s_k (v - c_k)) - sigma(-s_k c_k))],
+        s_k = e^(log_s_k),   w_k = (rho / K) tanh(p_k) / s_k.
+
+    So \|w_k s_k\| < rho / K, and the slope stays within e^(gain + a) (1 - rho, 1 + rho) whatever is
+    learned. gain, a and p start at 0, which makes S the identity.
+
+    Args:
+        like: the tensor; gives dtype, device and the shape of ``a``.
+        shared: leading dimensions of ``like`` along which s, c, w and unit vary; the rest share.
+        units: K.
+        rho: bound on the relative deviation of the slope, in (0, 1).
+        sigma: a key of ``reference.SIGMAS``.
+        terms: leading dimensions of ``like`` along which ``gain`` varies.
+    """
+
+    def __init__(
+        self, like: Tensor, shared: int, units: int, rho: float, sigma: str, terms: int = 0
+    ):
+        super().__init__()
+        rest = [1] * (like.dim() - shared)
+        shape = (*like.shape[:shared], *rest)  # broadcasts against the tensor
+        options: dict[str, Any] = {"dtype": learned_dtype(like.dtype), "device": like.device}
+        centres = torch.linspace(-1, 1, units) if units > 1 else torch.zeros(units)
+        gains = (*like.shape[:terms], *[1] * (like.dim() - terms))
+        self.rho, self.sigma = rho, sigma
+        self.gain = nn.Parameter(torch.zeros(gains, **options))
+        self.a = nn.Parameter(torch.zeros(like.shape, **options))
+        self.p = nn.Parameter(torch.zeros(units, *shape, **options))
+        self.log_s = nn.Parameter(torch.zeros(units, *shape, **options))
+        centres = centres.to(**options).reshape(units, *[1] * len(shape))
+        self.c = nn.Parameter(centres.expand(units, *shape).clone())
+        self.register_buffer("unit", torch.ones(shape, **options))
+
+    def forward(self) -> Separable:
+        """The coefficients with the unit absorbed, for ``reference.psi`` of u itself."""
+        s, unit = self.log_s.exp(), self.unit
+        amplitude = self.rho / max(len(s), 1) * torch.tanh(self.p)
+        units = Units(amplitude / s * unit, s / unit, self.c * unit)
+        return Separable((self.gain + self.a).exp(), units, self.sigma)
+
+    @torch.no_grad()
+    def calibrate(self, samples: Sequence[Tensor]) -> None:
+        """Sets ``unit`` to the rms of the samples, each shaped as the tensor, channel by channel."""
+        square = torch.stack([u.square() for u in samples]).mean(0)
+        overall = square.mean().sqrt()
+        if not (torch.isfinite(overall) and overall > 0):
+            return  # no signal to scale by: keep the unit
+        reduced = [d for d in range(square.dim()) if self.unit.shape[d] == 1]
+        rms = (square.mean(reduced, keepdim=True) if reduced else square).sqrt()
+        # A channel that happened to be silent in the samples must not get a unit of zero.
+        self.unit.copy_(rms.clamp(min=1e-3 * overall))
+
+    @torch.no_grad()
+    def profile(self, label: str) -> list[Profile]:
+        """psi of a few channels against v = u / unit, in [-4, 4]."""
+        v = torch.linspace(-4, 4, 201, dtype=self.a.dtype, device=self.a.device)
+        _, units, sigma = self()
+        columns = Units(*(x.reshape(len(x), -1) for x in units))
+        scale = self.unit.flatten()
+        picks = torch.linspace(0, len(scale) - 1, min(4, len(scale))).long().unique().tolist()
+        return [
+            Profile(
+                f"{label}, channel {i}",
+                v,
+                psi(v * scale[i], Units(*(x[:, i : i + 1] for x in columns)), sigma) / scale[i],
+            )
+            for i in picks
+        ]
+
+
+class NeuralMap(OwningMap):
+    r"""What the learned maps share: two parametrisations of one closed formula F = grad H.
+
+    ``parametrization="primal"``: grad h = F, and grad h* is the solve.
+    ``parametrization="dual"``: grad h* = F, and grad h is the solve.
+
+    A subclass implements F (``_closed``), its antiderivative, its inverse (``_solve``) and bounds
+    on its slope, all for one tensor.
+    """
+
+    anchored = True
+
+    def __init__(
+        self, params: Sequence[Tensor], parametrization: str, units: int, rho: float, sigma: str
+    ):
+        if parametrization not in ("primal", "dual"):
+            raise InputError(f"Invalid {parametrization=}: pass 'primal' or 'dual'")
+        if not (isinstance(units, int) and units >= 0):
+            raise InputError(f"Invalid {units=}: pass an integer of at least 0 (0: psi linear)")
+        if not (0 < rho < 1):
+            raise InputError(f"Invalid {rho=}: pass a number between 0 and 1, both excluded")
+        if sigma not in SIGMAS:
+            raise InputError(f"Invalid {sigma=}: pass one of {', '.join(SIGMAS)}")
+        super().__init__(params)
+        self.parametrization = parametrization
+        self.forward_is_closed = parametrization == "primal"
+        self.inverse_is_closed = parametrization == "dual"
+
+    def _closed(self, u: Tensor, coefficient: Any) -> Tensor:
+        raise NotImplementedError
+
+    def _solve(self, t: Tensor, coefficient: Any) -> Tensor:
+        raise NotImplementedError
+
+    def _integral(self, u: Tensor, coefficient: Any) -> Tensor:
+        raise NotImplementedError
+
+    def _bounds(self, coefficient: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _gradient(self, x: Tensor, coefficient: Any) -> Tensor:
+        primal = self.parametrization == "primal"
+        return (self._closed if primal else self._solve)(x, coefficient)
+
+    def _gradient_conjugate(self, z: Tensor, coefficient: Any) -> Tensor:
+        primal = self.parametrization == "primal"
+        return (self._solve if primal else self._closed)(z, coefficient)
+
+    def _potential(self, x: Tensor, coefficient: Any) -> Tensor:
+        if self.parametrization == "primal":
+            return self._integral(x, coefficient)
+        return super()._potential(x, coefficient)
+
+    def _conjugate(self, z: Tensor, coefficient: Any) -> Tensor:
+        if self.parametrization == "dual":
+            return self._integral(z, coefficient)
+        return super()._conjugate(z, coefficient)
+
+    def strong_convexity(self) -> Tensor:
+        """The smallest slope of F over all tensors (primal), or 1 / the largest (dual)."""
+        lower, upper = self._slopes()
+        return lower if self.parametrization == "primal" else 1 / upper
+
+    def smoothness(self) -> Tensor:
+        """The largest slope of F over all tensors (primal), or 1 / the smallest (dual)."""
+        lower, upper = self._slopes()
+        return upper if self.parametrization == "primal" else 1 / lower
+
+    def _slopes(self) -> tuple[Tensor, Tensor]:
+        lower, upper = zip(*(self._bounds(c) for c in self.coefficients()), strict=True)
+        return torch.stack(lower).min(), torch.stack(upper).max()
+
+
+@register("separable", "h' = e^a psi(x), psi increasing, learned, elementwise")
+class SeparableNeural(NeuralMap):
+    r"""grad H(x) = e^a psi(x) elementwise, psi a learned increasing function.
+
+    psi(x) = x + sum_k w_k (sigma(s_k (x - c_k)) - sigma(-s_k c_k)) with the coefficients shared by
+    a tensor or by each output channel, and a gain for each element; see ``NeuralUnits``. The other
+    direction is a safeguarded Newton solve. For primal: mu = min e^a (1 - sum (w s)_-),
+    ell = max e^a (1 + sum (w s)_+); for dual their reciprocals, swapped.
+
+    Args:
+        params: the parameters that it serves, real floating tensors of any shape.
+        units: K, the number of sigmoids; 0 makes psi linear.
+        parametrization: ``"dual"`` (the formula is grad h*) or ``"primal"`` (it is grad h).
+        share: ``"channel"`` (one psi for each entry of the first dimension) or ``"tensor"``.
+        rho: bound on the relative deviation of psi' from 1, in (0, 1).
+        sigma: ``"algebraic"``, t / sqrt(1 + t^2), or ``"tanh"``.
+
+    Raises:
+        InputError: an option is out of range, or ``params`` holds no floating tensor.
+
+    Example:
+        >>> separable = SeparableNeural([torch.zeros(3, 2)], units=4)
+        >>> x = torch.tensor([[0.1, -2.0], [3.0, 0.0], [1e6, 1e-6]])
+        >>> torch.allclose(separable([x])[0], x)  # the identity at the start
+        True
+    """
+
+    variants: ClassVar = (
+        {},
+        {"parametrization": "primal"},
+        {"parametrization": "primal", "share": "tensor", "sigma": "tanh"},
+        {"units": 0},
+    )
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        *,
+        units: int = 4,
+        parametrization: str = "dual",
+        share: str = "channel",
+        rho: float = 0.9,
+        sigma: str = "algebraic",
+    ):
+        params = list(params)
+        super().__init__(params, parametrization, units, rho, sigma)
+        if share not in ("channel", "tensor"):
+            raise InputError(f"Invalid {share=}: pass 'channel' or 'tensor'")
+        leading = 1 if share == "channel" else 0
+        self.tensors = nn.ModuleList(
+            NeuralUnits(p, min(leading, p.dim()), units, rho, sigma) for p in params
+        )
+
+    def coefficients(self) -> list[Separable]:
+        return [tensor() for tensor in self.tensors]
+
+    def calibrate(self, displacements: Sequence[Tensors]) -> None:
+        for i, tensor in enumerate(self.tensors):
+            samples = [d[i] for d in displacements if d[i] is not None]
+            if samples:
+                tensor.calibrate(samples)
+
+    def profiles(self) -> list[Profile]:
+        return [
+            p for i, tensor in enumerate(self.tensors) for p in tensor.profile(f"tensor {i}")
+        ]
+
+    def _closed(self, u: Tensor, coefficient: Separable) -> Tensor:
+        return coefficient.value(u)
+
+    def _solve(self, t: Tensor, coefficient: Separable) -> Tensor:
+        return coefficient.inverse(t)
+
+    def _integral(self, u: Tensor, coefficient: Separable) -> Tensor:
+        return coefficient.integral(u)
+
+    def _bounds(self, coefficient: Separable) -> tuple[Tensor, Tensor]:
+        return coefficient.bounds()

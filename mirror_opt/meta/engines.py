@@ -1,0 +1,137 @@
+r"""How a batch of tasks is run: one after the other, or all at once.
+
+``loop`` runs the tasks in turn and leaves one autograd graph: the best choice on a CPU for
+convolutions, which ``vmap`` turns into slow grouped ones. ``vmap`` runs them as one batched
+computation: the best choice for small networks and on a GPU.
+
+With ``vmap`` the meta-gradient must be taken INSIDE it: the gradient OVER ``vmap`` of a network with
+``batch_norm(training=True)`` is silently wrong at second order (PyTorch, at least to 2.13). So the
+vmap engine computes each task's meta-gradient on the spot and hands it out when ``backward`` is
+called (``_Precomputed``).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from mirror_opt.errors import InputError
+from mirror_opt.meta.inner import InnerLoop
+
+__all__ = ["ENGINES", "choose_engine", "has_batch_statistics", "map_tasks", "mean_loss"]
+
+ENGINES = ("loop", "vmap")
+
+TaskFn = Callable[..., Any]  # (inner, *task tensors) -> nested tensors
+
+
+def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
+
+
+def has_batch_statistics(model: nn.Module) -> bool:
+    """Whether some batch norm of the model normalises by the statistics of the batch."""
+    return any(m.training or not m.track_running_stats for m in _batch_norms(model))
+
+
+def choose_engine(engine: str, model: nn.Module) -> str:
+    """Resolves ``"auto"``, and raises InputError for an engine that cannot serve the model."""
+    if engine not in ("auto", *ENGINES):
+        raise InputError(f"Invalid {engine=}: pass 'auto', 'loop' or 'vmap'")
+    updates_buffers = any(m.training and m.track_running_stats for m in _batch_norms(model))
+    if engine == "vmap" and updates_buffers:
+        raise InputError(
+            "engine='vmap' cannot update the running statistics of batch norm: build the model "
+            "with track_running_stats=False, call model.eval(), or pass engine='loop'"
+        )
+    if engine != "auto":
+        return engine
+    convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
+    on_gpu = any(p.is_cuda for p in model.parameters())
+    return "loop" if updates_buffers or (convolutional and not on_gpu) else "vmap"
+
+
+def map_tasks(engine: str, function: TaskFn, inner: InnerLoop, tasks: Sequence[Tensor]) -> Any:
+    """``function(inner, *task)`` for every task, its tensors stacked along a new first dimension.
+
+    Args:
+        engine: ``"loop"`` or ``"vmap"``.
+        function: returns nested tuples, lists or dicts of tensors.
+        tasks: tensors whose first dimension counts the tasks.
+    """
+    if engine == "vmap":
+        return torch.func.vmap(lambda *task: function(inner, *task), randomness="different")(*tasks)
+    results = [function(inner, *task) for task in zip(*tasks, strict=True)]
+    return pytree.tree_map(lambda *values: torch.stack(values), *results)
+
+
+class _Precomputed(torch.autograd.Function):
+    """A value whose gradients in the leaves are known already."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, gradients: Sequence[Tensor], *leaves: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_value: Tensor):
+        return None, None, *(grad_value * g for g in ctx.saved_tensors)
+
+
+def _with_leaves(inner: InnerLoop, leaves: Sequence[Tensor], spec: pytree.TreeSpec) -> InnerLoop:
+    return InnerLoop(inner.model, inner.mirror_map, inner.names, *pytree.tree_unflatten(
+        list(leaves), spec), inner.horizon)
+
+
+def mean_loss(
+    engine: str, function: TaskFn, inner: InnerLoop, tasks: Sequence[Tensor], skip: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean over tasks of a loss, differentiable in everything that ``inner`` holds.
+
+    Args:
+        function: returns ``(query loss, support losses)`` of one task.
+        skip: leave tasks with a non-finite loss out of the mean, instead of letting them spoil it.
+
+    Returns:
+        The mean, 0-dim; the query losses ``(T,)``; the support losses ``(T, K)``.
+    """
+
+    def finite(query: Tensor, support: Tensor) -> Tensor:
+        ok = torch.isfinite(query) & torch.isfinite(support).all(-1)
+        return ok if skip else torch.ones_like(ok)
+
+    if engine == "loop" or not torch.is_grad_enabled():
+        query, support = map_tasks(engine, function, inner, tasks)
+        chosen = query[finite(query, support)]
+        return chosen.mean(), query.detach(), support.detach()
+
+    # All that a run depends on, as a flat list: tensors to differentiate, the rest to pass along.
+    leaves, spec = pytree.tree_flatten((inner.init, inner.frozen, inner.coefficients, inner.rates))
+    wanted = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+
+    def task_loss(values: tuple[Tensor, ...], *task: Tensor):
+        full = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
+        for i, value in zip(wanted, values, strict=True):
+            full[i] = value
+        query, support = function(_with_leaves(inner, full, spec), *task)
+        return query, (query.detach(), support.detach())
+
+    gradient = torch.func.grad(task_loss, has_aux=True)
+    batched = torch.func.vmap(
+        gradient, in_dims=(None, *[0] * len(tasks)), randomness="different"
+    )
+    with torch.no_grad():
+        values = tuple(leaves[i].detach() for i in wanted)
+        gradients, (query, support) = batched(values, *tasks)
+        keep = finite(query, support)
+        count = keep.sum()
+        means = [
+            torch.where(keep.reshape(-1, *[1] * (g.dim() - 1)), g, 0).sum(0) / count
+            for g in gradients
+        ]
+        value = torch.where(keep, query, 0).sum() / count
+    return _Precomputed.apply(value, means, *(leaves[i] for i in wanted)), query, support

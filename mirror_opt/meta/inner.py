@@ -1,0 +1,134 @@
+"""The inner loop: a few mirror steps on one task, as a pure function of the meta-parameters."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mirror_opt.maps.base import MirrorMap, dot
+
+__all__ = ["InnerLoop", "Step"]
+
+LossFn = Callable[[Tensor, Tensor], Tensor]
+
+
+class Step(NamedTuple):
+    """What one inner step did. The first of a run (``loss`` None) is the starting point.
+
+    Attributes:
+        params: the adapted parameters after the step.
+        loss: support loss before the step, 0-dim.
+        slope: <g, phi_new - phi>, 0-dim: the first-order change of the loss, positive when the
+            step went uphill; None unless asked for.
+        accepted: whether the step was taken, 0-dim bool; None without a guard.
+    """
+
+    params: tuple[Tensor, ...]
+    loss: Tensor | None = None
+    slope: Tensor | None = None
+    accepted: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class InnerLoop:
+    r"""Mirror steps from a shared start, with a dual state.
+
+        zeta_0 = 0;   zeta_{k+1} = zeta_k - alpha_k g_k;   phi_k = phi_0 + grad H*(zeta_k)
+
+    for anchored maps, and phi_k = grad h*(grad h(phi_0) + zeta_k) for the others.
+
+    Everything it holds is a tensor that autograd may flow through, so an engine can differentiate
+    a run with respect to any of it.
+
+    Attributes:
+        model: the network, called through ``torch.func.functional_call``.
+        mirror_map: the geometry.
+        names: names of the adapted parameters.
+        init: phi_0, their values at the start.
+        frozen: the other parameters by name, and copies of the buffers.
+        coefficients: ``mirror_map.coefficients()``, computed once for all tasks and steps.
+        rates: ``(K,)`` step sizes; later steps use the last.
+        horizon: K, the number of steps that the meta-parameters were trained for.
+    """
+
+    model: nn.Module
+    mirror_map: MirrorMap
+    names: tuple[str, ...]
+    init: tuple[Tensor, ...]
+    frozen: dict[str, Tensor]
+    coefficients: Any
+    rates: Tensor
+    horizon: int
+
+    def predict(self, params: Sequence[Tensor], x: Tensor) -> Tensor:
+        """The network's output for adapted parameters."""
+        # Buffers are copied, so that a network that updates its own (running statistics) is left
+        # as it was.
+        frozen = {
+            name: value if isinstance(value, nn.Parameter) or value.requires_grad else value.clone()
+            for name, value in self.frozen.items()
+        }
+        named = {**frozen, **dict(zip(self.names, params, strict=True))}
+        return torch.func.functional_call(self.model, named, (x,))
+
+    def rate(self, step: int) -> Tensor:
+        """alpha of a step, counted from 0."""
+        return self.rates[min(step, self.rates.shape[0] - 1)]
+
+    def dual_start(self) -> tuple[Tensor, ...] | None:
+        """grad h(phi_0) for maps that act on phi itself, None for anchored maps."""
+        if self.mirror_map.anchored:
+            return None
+        return self.mirror_map(self.init, self.coefficients)
+
+    def primal(self, zeta: Sequence[Tensor], start: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+        """phi for a displacement zeta of the dual."""
+        if start is None:
+            delta = self.mirror_map.inverse(zeta, self.coefficients)
+            return tuple(p + d for p, d in zip(self.init, delta, strict=True))
+        moved = [z + d for z, d in zip(start, zeta, strict=True)]
+        return self.mirror_map.inverse(moved, self.coefficients)
+
+    def gradient(
+        self, params: Sequence[Tensor], loss_fn: LossFn, x: Tensor, y: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The support gradient and the support loss at ``params``."""
+
+        def loss(params: tuple[Tensor, ...]) -> Tensor:
+            return loss_fn(self.predict(params, x), y)
+
+        return torch.func.grad_and_value(loss)(tuple(params))
+
+    def run(
+        self,
+        loss_fn: LossFn,
+        x: Tensor,
+        y: Tensor,
+        steps: int,
+        *,
+        first_order: bool = False,
+        slopes: bool = False,
+    ) -> Iterator[Step]:
+        """Yields the start and then each of ``steps`` mirror steps on the support set ``(x, y)``.
+
+        Args:
+            first_order: treat the support gradients as constants.
+            slopes: report ``Step.slope``.
+        """
+        start = self.dual_start()
+        zeta = tuple(torch.zeros_like(p) for p in self.init)
+        params = self.init
+        yield Step(params)
+        for k in range(steps):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not first_order):
+                gradient, loss = self.gradient(params, loss_fn, x, y)
+            rate = self.rate(k)
+            zeta = tuple(z - rate * g for z, g in zip(zeta, gradient, strict=True))
+            moved = self.primal(zeta, start)
+            slope = None
+            if slopes:
+                slope = dot(gradient, [m - p for m, p in zip(moved, params, strict=True)]).detach()
+            params = moved
+            yield Step(params, loss, slope)

@@ -1,0 +1,431 @@
+"""MetaLearner: learns where to start, in which geometry to move, and how fast."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mirror_opt.errors import InputError
+from mirror_opt.maps.base import MirrorMap
+from mirror_opt.maps.classical import Euclidean
+from mirror_opt.meta.engines import (
+    choose_engine,
+    has_batch_statistics,
+    map_tasks,
+    mean_loss,
+)
+from mirror_opt.meta.inner import InnerLoop, LossFn
+from mirror_opt.meta.stability import guarded_run
+
+__all__ = ["Adapted", "AdaptedBatch", "Evaluation", "MetaLearner", "NonFiniteLoss"]
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A loss of the inner loop was NaN or Inf.
+
+    Attributes:
+        task: the index of the task in the batch.
+        step: the inner step before which the support loss was non-finite, from 0; ``"query"`` for
+            the query loss after the last step.
+    """
+
+    def __init__(self, task: int, step: int | str):
+        where = "the query loss" if step == "query" else f"the support loss before step {step}"
+        super().__init__(
+            f"{where} of task {task} is not finite: lower the inner learning rate, train with "
+            "fewer steps, adapt with guard=True, or pass nonfinite='skip'"
+        )
+        self.task, self.step = task, step
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model adapted to one task. Call it on inputs to predict.
+
+    Attributes:
+        params: the adapted parameters by name, differentiable back to the meta-parameters.
+        losses: ``(steps,)`` support loss before each step.
+        accepted: ``(steps,)`` whether each step was taken, with a guard; None without.
+    """
+
+    inner: InnerLoop
+    params: dict[str, Tensor]
+    losses: Tensor
+    accepted: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The prediction for ``x`` of shape ``(n, *)``."""
+        return self.inner.predict(tuple(self.params.values()), x)
+
+
+@dataclass(frozen=True)
+class AdaptedBatch:
+    """A model adapted to T tasks; all tensors of ``Adapted`` with a leading dimension T."""
+
+    inner: InnerLoop
+    engine: str
+    params: dict[str, Tensor]
+    losses: Tensor
+    accepted: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The predictions ``(T, n, *)`` for ``x`` of shape ``(T, n, *)``."""
+
+        def predict(inner: InnerLoop, x: Tensor, *params: Tensor) -> Tensor:
+            return inner.predict(params, x)
+
+        return map_tasks(self.engine, predict, self.inner, (x, *self.params.values()))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Adaptation followed step by step, on T tasks.
+
+    Attributes:
+        metrics: ``{adaptation steps: (T,) metric on the query sets}``.
+        losses: ``(T, steps)`` support loss before each step.
+        slopes: ``(T, steps)`` first-order change <g, phi_new - phi> of the support loss; positive
+            where the step went uphill.
+        accepted: ``(T, steps)`` whether each step was taken, with a guard; None without.
+    """
+
+    metrics: dict[int, Tensor]
+    losses: Tensor
+    slopes: Tensor
+    accepted: Tensor | None
+
+
+class MetaLearner(nn.Module):
+    r"""Adapts a model to tasks by mirror descent and learns how, through the unrolled steps.
+
+    The meta-parameters are the init phi_0 (the model's own parameters), those of the mirror map,
+    and with ``learn_lr`` a log rate for each inner step. For tasks with support S_t and query Q_t,
+    ``meta_loss`` is the mean over t of L(phi_K(S_t); Q_t), phi_K from K mirror steps (Finn, Abbeel
+    and Levine 2017; Zhang, Li and Giannakis 2025).
+
+    Args:
+        model: any ``nn.Module``; it is not changed, and its parameters are the init.
+        mirror_map: the geometry; ``maps.Euclidean()`` (MAML) when None.
+        lr: alpha, the inner step size, > 0.
+        steps: K, the trained horizon: an integer >= 1, or ``(low, high)`` for training over a
+            random horizon, of which evaluation takes ``high``.
+        first_order: drop second derivatives (first-order MAML).
+        learn_lr: learn a rate for each inner step, starting at ``lr``.
+        adapt: name patterns (``fnmatch``) of the parameters that adapt; all when None. The others
+            are meta-learned and stay as they are within a task (ANIL, Raghu et al. 2020). The map
+            must be built from ``MetaLearner.adapted_parameters(model, adapt)``.
+        engine: ``"loop"``, ``"vmap"``, or ``"auto"``; see ``meta.engines``.
+        guard: ``"auto"`` guards the steps beyond the trained horizon K, True guards every step,
+            False none; see ``meta.stability``.
+        nonfinite: ``"raise"`` reports a non-finite loss with task and step; ``"skip"`` leaves the
+            task out of ``meta_loss``.
+
+    Raises:
+        InputError: an argument is out of range, or the map does not fit the parameters.
+
+    Example:
+        >>> from mirror_opt import maps
+        >>> model = nn.Linear(3, 1)
+        >>> learner = MetaLearner(model, maps.KroneckerNeural(model.parameters()), lr=0.1, steps=2)
+        >>> x, y = torch.randn(4, 8, 3), torch.randn(4, 8, 1)
+        >>> loss = learner.meta_loss(nn.functional.mse_loss, x, y, x, y)
+        >>> loss.backward()
+        >>> learner.adapt(nn.functional.mse_loss, x[0], y[0])(x[0]).shape
+        torch.Size([8, 1])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mirror_map: MirrorMap | None = None,
+        *,
+        lr: float = 0.01,
+        steps: int | tuple[int, int] = 5,
+        first_order: bool = False,
+        learn_lr: bool = False,
+        adapt: Iterable[str] | None = None,
+        engine: str = "auto",
+        guard: str | bool = "auto",
+        nonfinite: str = "raise",
+    ):
+        super().__init__()
+        if not 0 < lr < float("inf"):
+            raise InputError(f"Invalid {lr=}: pass a finite step size above 0")
+        horizon = (steps, steps) if isinstance(steps, int) else tuple(steps)
+        if len(horizon) != 2 or not 1 <= horizon[0] <= horizon[1]:
+            raise InputError(f"Invalid {steps=}: pass an integer >= 1 or a pair 1 <= low <= high")
+        if guard not in ("auto", True, False):
+            raise InputError(f"Invalid {guard=}: pass 'auto', True or False")
+        if nonfinite not in ("raise", "skip"):
+            raise InputError(f"Invalid {nonfinite=}: pass 'raise' or 'skip'")
+        choose_engine(engine, model)
+        adapted = self.adapted_parameters(model, adapt)
+        mirror_map = Euclidean() if mirror_map is None else mirror_map
+        mirror_map.check(list(adapted.values()))
+        self.model, self.mirror_map = model, mirror_map
+        self.names = tuple(adapted)
+        self.horizon, self.steps = horizon, horizon[1]
+        self.first_order, self.guard = first_order, guard
+        self.engine, self.nonfinite = engine, nonfinite
+        like = next(iter(adapted.values()))
+        # One rate a step, so that the logs cost nothing and the rates stay positive.
+        log_lr = torch.full((self.steps,), lr, dtype=torch.float64).log()
+        log_lr = log_lr.to(torch.promote_types(like.dtype, torch.float32)).to(like.device)
+        self.log_lr = nn.Parameter(log_lr, requires_grad=learn_lr)
+
+    @staticmethod
+    def adapted_parameters(
+        model: nn.Module, adapt: Iterable[str] | None = None
+    ) -> dict[str, nn.Parameter]:
+        """The parameters of the model whose names match one of the patterns, in order."""
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if adapt is None:
+            chosen = named
+        else:
+            patterns = [adapt] if isinstance(adapt, str) else list(adapt)
+            chosen = {
+                n: p for n, p in named.items() if any(fnmatchcase(n, pat) for pat in patterns)
+            }
+        if not chosen:
+            raise InputError(
+                f"no trainable parameter of {type(model).__name__} matches {adapt=}: "
+                f"pass patterns for names such as {', '.join(list(named)[:3]) or '(none)'}"
+            )
+        return chosen
+
+    def inner_loop(self) -> InnerLoop:
+        """The inner loop at the present meta-parameters: shared by all tasks of a meta-batch."""
+        named = dict(self.model.named_parameters())
+        init = tuple(named.pop(name) for name in self.names)
+        frozen = {**named, **dict(self.model.named_buffers())}
+        return InnerLoop(
+            self.model,
+            self.mirror_map,
+            self.names,
+            init,
+            frozen,
+            self.mirror_map.coefficients(),
+            self.log_lr.exp(),
+            self.steps,
+        )
+
+    # Adaptation.
+
+    def _runner(self, guard: str | bool | None, steps: int):
+        guard = self.guard if guard is None else guard
+        if guard == "auto" and steps > self.steps:
+            return partial(guarded_run, trusted=self.steps)
+        return guarded_run if guard is True else InnerLoop.run
+
+    def _adapt(self, runner, inner: InnerLoop, loss_fn: LossFn, x: Tensor, y: Tensor, steps: int):
+        """(adapted parameters, support losses, accepted) of one task."""
+        trail = list(runner(inner, loss_fn, x, y, steps, first_order=self.first_order))
+        losses = [step.loss for step in trail[1:]]
+        losses = torch.stack(losses) if losses else inner.rates.new_zeros(0)
+        accepted = [step.accepted for step in trail[1:] if step.accepted is not None]
+        return trail[-1].params, losses, torch.stack(accepted) if accepted else ()
+
+    def adapt(
+        self,
+        loss_fn: LossFn,
+        x: Tensor,
+        y: Tensor,
+        *,
+        steps: int | None = None,
+        guard: str | bool | None = None,
+    ) -> Adapted:
+        """Adapts to one task with support set ``(x, y)``.
+
+        Args:
+            loss_fn: ``loss_fn(prediction, y)``, a 0-dim tensor.
+            x, y: the support set; the first dimension counts the examples.
+            steps: inner steps; the trained horizon when None.
+            guard: overrides the learner's.
+
+        Raises:
+            NonFiniteLoss: a support loss was not finite (``nonfinite="raise"``).
+        """
+        steps = self._check_steps(steps)
+        inner = self.inner_loop()
+        params, losses, accepted = self._adapt(
+            self._runner(guard, steps), inner, loss_fn, x, y, steps
+        )
+        if self.nonfinite == "raise":
+            _raise_nonfinite(losses.detach().unsqueeze(0))
+        named = dict(zip(self.names, params, strict=True))
+        return Adapted(inner, named, losses.detach(), accepted if steps and len(accepted) else None)
+
+    def adapt_batch(
+        self,
+        loss_fn: LossFn,
+        x: Tensor,
+        y: Tensor,
+        *,
+        steps: int | None = None,
+        guard: str | bool | None = None,
+    ) -> AdaptedBatch:
+        """Adapts to T tasks; as ``adapt`` with a leading dimension T on ``x`` and ``y``.
+
+        Differentiable like ``adapt``, except with the vmap engine and batch norm on batch
+        statistics, for which PyTorch's second derivatives are wrong: an error; use ``meta_loss``.
+        """
+        steps = self._check_steps(steps)
+        engine = choose_engine(self.engine, self.model)
+        differentiable = torch.is_grad_enabled() and not self.first_order
+        if engine == "vmap" and differentiable and has_batch_statistics(self.model):
+            raise InputError(
+                "the gradient over vmap of batch norm on batch statistics is wrong at second "
+                "order: call meta_loss, pass engine='loop', or adapt under torch.no_grad()"
+            )
+        inner, runner = self.inner_loop(), self._runner(guard, steps)
+
+        def task(inner: InnerLoop, x: Tensor, y: Tensor):
+            return self._adapt(runner, inner, loss_fn, x, y, steps)
+
+        params, losses, accepted = map_tasks(engine, task, inner, (x, y))
+        if self.nonfinite == "raise":
+            _raise_nonfinite(losses.detach())
+        named = dict(zip(self.names, params, strict=True))
+        accepted = accepted if isinstance(accepted, Tensor) else None
+        return AdaptedBatch(inner, engine, named, losses.detach(), accepted)
+
+    # Meta-learning.
+
+    def meta_loss(
+        self,
+        loss_fn: LossFn,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        *,
+        steps: int | None = None,
+    ) -> Tensor:
+        """The mean query loss after adaptation over T tasks, 0-dim.
+
+        ``backward()`` gives the meta-gradient of every meta-parameter, with every engine.
+
+        Args:
+            loss_fn: ``loss_fn(prediction, y)``, a 0-dim tensor.
+            support_x, support_y, query_x, query_y: ``(T, n, *)``.
+            steps: inner steps; the trained horizon when None.
+
+        Raises:
+            NonFiniteLoss: a loss was not finite (``nonfinite="raise"``), or all were.
+        """
+        steps = self._check_steps(steps)
+        engine = choose_engine(self.engine, self.model)
+
+        def task(inner: InnerLoop, sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor):
+            params, losses, _ = self._adapt(InnerLoop.run, inner, loss_fn, sx, sy, steps)
+            return loss_fn(inner.predict(params, qx), qy), losses
+
+        tasks = (support_x, support_y, query_x, query_y)
+        skip = self.nonfinite == "skip"
+        loss, query, support = mean_loss(engine, task, self.inner_loop(), tasks, skip)
+        if not skip or not bool(torch.isfinite(loss)):
+            _raise_nonfinite(support, query)
+        return loss
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        loss_fn: LossFn,
+        metric_fn: LossFn,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        *,
+        adapt_steps: Sequence[int] = (0, 1, 2, 3, 5, 10),
+        guard: str | bool | None = None,
+    ) -> Evaluation:
+        """Adapts to T tasks and measures the query sets after chosen numbers of steps.
+
+        Args:
+            loss_fn: the support loss, ``loss_fn(prediction, y)``.
+            metric_fn: ``metric_fn(prediction, y)``, a 0-dim tensor.
+            support_x, support_y, query_x, query_y: ``(T, n, *)``.
+            adapt_steps: after how many steps to measure.
+            guard: overrides the learner's.
+
+        Non-finite values are reported as they are, not raised: a diverged task is a result.
+        """
+        wanted = sorted(set(adapt_steps))
+        steps = self._check_steps(wanted[-1])
+        self._check_steps(wanted[0])
+        runner = self._runner(guard, steps)
+
+        def task(inner: InnerLoop, sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor):
+            metrics, trail = {}, []
+            for k, step in enumerate(runner(inner, loss_fn, sx, sy, steps, slopes=True)):
+                if k in wanted:
+                    metrics[k] = metric_fn(inner.predict(step.params, qx), qy)
+                trail.append(step)
+
+            def collect(name: str) -> Any:
+                values = [getattr(step, name) for step in trail[1:]]
+                return torch.stack(values) if values and values[0] is not None else ()
+
+            return metrics, collect("loss"), collect("slope"), collect("accepted")
+
+        engine = choose_engine(self.engine, self.model)
+        tasks = (support_x, support_y, query_x, query_y)
+        metrics, *trails = map_tasks(engine, task, self.inner_loop(), tasks)
+        empty = query_x.new_zeros(query_x.shape[0], 0)
+        losses, slopes, accepted = (t if isinstance(t, Tensor) else None for t in trails)
+        return Evaluation(
+            metrics,
+            empty if losses is None else losses,
+            empty if slopes is None else slopes,
+            accepted,
+        )
+
+    def calibrate(self, loss_fn: LossFn, support_x: Tensor, support_y: Tensor) -> None:
+        """Sets the scale of the map to the first Euclidean step, -alpha g, on a batch of tasks.
+
+        Call it once, before training.
+
+        Args:
+            support_x, support_y: ``(T, n, *)``.
+        """
+        inner = self.inner_loop()
+        with torch.no_grad():
+            displacements = [
+                [-inner.rate(0) * g for g in inner.gradient(inner.init, loss_fn, x, y)[0]]
+                for x, y in zip(support_x, support_y, strict=True)
+            ]
+        self.mirror_map.calibrate(displacements)
+
+    def param_groups(
+        self, *, init_lr: float, map_lr: float, rate_lr: float = 1e-2
+    ) -> list[dict[str, Any]]:
+        """Groups for a torch optimizer: ``init``, and where they have parameters ``map``, ``rate``."""
+        groups = [
+            {"name": "init", "params": list(self.model.parameters()), "lr": init_lr},
+            {"name": "map", "params": list(self.mirror_map.parameters()), "lr": map_lr},
+            {"name": "rate", "params": [self.log_lr], "lr": rate_lr},
+        ]
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p.requires_grad]
+        return [group for group in groups if group["params"]]
+
+    def _check_steps(self, steps: int | None) -> int:
+        if steps is None:
+            return self.steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise InputError(f"Invalid {steps=}: pass an integer of at least 0")
+        return steps
+
+
+def _raise_nonfinite(support: Tensor, query: Tensor | None = None) -> None:
+    """Raises NonFiniteLoss for the first non-finite entry of ``(T, K)`` and ``(T,)``."""
+    columns = support if query is None else torch.cat([support, query.unsqueeze(1)], 1)
+    bad = ~torch.isfinite(columns)
+    if bool(bad.any()):
+        task, step = (int(i) for i in bad.nonzero()[0])
+        raise NonFiniteLoss(task, "query" if step == support.shape[1] else step)

@@ -1,0 +1,114 @@
+"""Named methods: configurations of one ``MetaLearner``, and the rates each does best with."""
+
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from mirror_opt import maps
+from mirror_opt.errors import InputError
+from mirror_opt.meta.learner import MetaLearner
+
+__all__ = ["METHODS", "Method", "MethodDefaults", "build", "defaults"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A configuration of ``MetaLearner``.
+
+    Attributes:
+        summary: one line for listings.
+        map_name: the mirror map in the registry; None where the caller chooses.
+        options: keyword arguments of ``MetaLearner``.
+        head_only: adapt the last layer only.
+    """
+
+    summary: str
+    map_name: str | None = "euclidean"
+    options: dict[str, Any] = field(default_factory=dict)
+    head_only: bool = False
+
+
+METHODS = {
+    "maml": Method("MAML: the init (Finn et al. 2017)"),
+    "fomaml": Method("first-order MAML (Finn et al. 2017)", options={"first_order": True}),
+    "anil": Method("the init; only the last layer adapts (Raghu et al. 2020)", head_only=True),
+    "meta-sgd": Method("the init and a rate an element (Li et al. 2017)", "diagonal"),
+    "meta-curvature": Method(
+        "the init and a matrix a mode (Park and Oliva 2019)", "meta-curvature"
+    ),
+    "mirror": Method("the init and a learned mirror map", None),
+}
+
+
+@dataclass(frozen=True)
+class MethodDefaults:
+    """Rates: inner step size, and the outer rates of the init, the map and the inner rates."""
+
+    lr: float
+    init_lr: float
+    map_lr: float
+    rate_lr: float = 1e-2
+
+
+def _head(model: nn.Module) -> list[str]:
+    """Patterns for the parameters of the last module that has any."""
+    names = [name for name, _ in model.named_parameters()]
+    prefix = names[-1].rpartition(".")[0]
+    return [name for name in names if name.rpartition(".")[0] == prefix]
+
+
+def build(
+    method: str,
+    model: nn.Module,
+    *,
+    map_name: str = "kronecker",
+    map_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> MetaLearner:
+    """The learner of a named method for a model.
+
+    Args:
+        method: a key of ``METHODS``.
+        model: the network.
+        map_name, map_options: the mirror map of method ``"mirror"``; ignored by no other: an error.
+        options: keyword arguments of ``MetaLearner``.
+
+    Raises:
+        InputError: unknown method or map, or a map given to a method that has its own.
+
+    Example:
+        >>> build("maml", nn.Linear(2, 1), lr=0.1).mirror_map.name
+        'euclidean'
+    """
+    if method not in METHODS:
+        raise InputError(f"no method named {method!r}: choose one of {', '.join(METHODS)}")
+    spec = METHODS[method]
+    if spec.map_name is not None and map_options:
+        raise InputError(
+            f"method {method!r} has its own map {spec.map_name!r}: "
+            "leave map_options out, or choose method 'mirror'"
+        )
+    adapt = _head(model) if spec.head_only else None
+    params = list(MetaLearner.adapted_parameters(model, adapt).values())
+    mirror_map = maps.create(spec.map_name or map_name, params, **(map_options or {}))
+    return MetaLearner(model, mirror_map, adapt=adapt, **{**spec.options, **options})
+
+
+
+
+def defaults(method: str, task: str) -> MethodDefaults:
+    """The rates that a method does best with on a kind of task.
+
+    Args:
+        method: a key of ``METHODS``.
+        task: ``"sinusoid"``, or an image task.
+    """
+    if method not in METHODS:
+        raise InputError(f"no method named {method!r}: choose one of {', '.join(METHODS)}")
+    if task == "sinusoid":
+        map_lr = {"meta-sgd": 1e-2}.get(method, 3e-3)
+        return MethodDefaults(lr=0.01, init_lr=1e-3, map_lr=map_lr)
+    map_lr = {"meta-curvature": 3e-2}.get(method, 1e-2)
+    return MethodDefaults(lr=0.1, init_lr=3e-3, map_lr=map_lr)

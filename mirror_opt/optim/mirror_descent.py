@@ -1,0 +1,392 @@
+"""MirrorDescent: the optimizer around the update, with its state and its checkpoints."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
+
+from mirror_opt.errors import InputError
+from mirror_opt.maps import Euclidean, MirrorMap
+from mirror_opt.newton import NewtonError
+from mirror_opt.optim.checkpoint import adopt, hide_state, pack_maps
+from mirror_opt.optim.options import (
+    RUN_OPTIONS,
+    check_group,
+    check_options,
+    is_anchored,
+    keeps_dual,
+    parameter_name,
+    state_dtype,
+)
+from mirror_opt.optim.update import Tensors, Update, all_finite, mirror_descent, through, widened
+
+__all__ = ["MirrorDescent"]
+
+Group = dict[str, Any]
+
+
+class MirrorDescent(Optimizer):
+    r"""Mirror descent with momentum and decoupled weight decay, for any mirror map grad h.
+
+    With gradient g, learning rate :math:`\gamma`, momentum :math:`\mu` and weight decay
+    :math:`\lambda` (Nemirovski and Yudin 1983; Beck and Teboulle 2003):
+
+    .. math::
+        b_{k+1} &= \mu b_k + g_k, \quad b_0 = 0, \qquad
+        d_k = g_k + \mu b_{k+1} \text{ (Nesterov) or } b_{k+1} \\
+        z_k &= \nabla h((1 - \gamma \lambda) \phi_k), \qquad
+        \phi_{k+1} = \nabla h^*(z_k - \gamma d_k)
+
+    For ``maps.Euclidean()`` this is ``torch.optim.SGD``, with the weight decay of AdamW.
+
+    **Anchor.** An anchored map acts on the displacement phi - phi_0 from an anchor phi_0, which is
+    zero or the parameters as the first step finds them, kept in the state and saved.
+
+    **Dual state.** Stateless, z is computed from phi in every step. With a dual state the
+    displacement zeta = z - z_0 is kept in at least float32: no rounding builds up, grad h is not
+    evaluated, and zeta is the master copy of float16 and bfloat16 parameters. Weight decay acts on
+    phi, so that z is then recomputed in every step from the decayed, unrounded grad h*(z). The dual
+    state owns the parameters: who changes them by hand drops ``optimizer.state[p]["dual"]``, and
+    the next step takes z from the new values.
+
+    **NaN and Inf**, in a gradient or in what the map makes of it. A step changes all parameters and
+    their state or nothing. ``"raise"`` raises FloatingPointError. ``"skip"`` skips the step, by a
+    select on the device that needs no synchronisation (except with ``differentiable``).
+    ``"propagate"`` does not look. None is ``"raise"`` when all parameters are on the CPU and the
+    step is not compiled, else ``"skip"``. A Newton solve that fails has no result to store: its
+    NewtonError (both errors are ArithmeticError) comes through unless the step is skipped.
+
+    **Differentiating through steps.** With ``differentiable=True`` gradients flow to the initial
+    parameters, to earlier gradients, to a tensor ``lr`` and to the parameters of the map; pass
+    non-leaf parameters (``p.clone()``). Else the step is outside autograd. The parameters of the
+    map are never trained here.
+
+    Args:
+        params: parameters, named parameters, or dicts that define groups, each with options and a
+            ``mirror_map`` of its own. Real tensors of any shape, of dtype float16, bfloat16,
+            float32 or float64, in the domain of the map.
+        lr: learning rate, in [0, inf): a number, or a tensor with one element, which may change
+            without a compiled step being compiled again.
+        mirror_map: a ``maps.MirrorMap``; a map that owns tensors is built from the parameters of
+            the group that it serves. None: ``maps.Euclidean()``.
+        momentum: mu, in [0, 1).
+        nesterov: Nesterov momentum, as SGD's.
+        weight_decay: lambda, in [0, inf).
+        maximize: ascend.
+        dual_state: keep zeta. None: where grad h needs a solve (``forward_is_closed`` is False).
+        anchor: ``"init"``, ``"zero"``, or ``"auto"``: init for an anchored map, zero for another.
+        foreach: use multi-tensor kernels. None: when all parameters are on an accelerator.
+        differentiable: let autograd record the steps.
+        nonfinite: ``"raise"``, ``"skip"``, ``"propagate"`` or None, see above.
+
+    Raises:
+        InputError: an option or a parameter is out of range. Nothing has changed then.
+
+    Example:
+        >>> from mirror_opt import maps
+        >>> weights = torch.nn.Parameter(torch.tensor([0.5, 0.5]))
+        >>> optimizer = MirrorDescent([weights], lr=1.0, mirror_map=maps.NegativeEntropy())
+        >>> (weights @ torch.tensor([0.0, 1.0])).backward()
+        >>> optimizer.step()
+        >>> weights.detach()  # in the ratio of 1 to 1/e
+        tensor([0.7311, 0.2689])
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        mirror_map: MirrorMap | None = None,
+        *,
+        momentum: float = 0,
+        nesterov: bool = False,
+        weight_decay: float = 0,
+        maximize: bool = False,
+        dual_state: bool | None = None,
+        anchor: str = "auto",
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        nonfinite: str | None = None,
+    ):
+        defaults = {
+            "lr": lr,
+            "mirror_map": Euclidean() if mirror_map is None else mirror_map,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "dual_state": dual_state,
+            "anchor": anchor,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "nonfinite": nonfinite,
+        }
+        check_options(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds a group of parameters, with options and a ``mirror_map`` of its own.
+
+        Raises:
+            InputError: an option or a parameter is out of range. No group was added then.
+        """
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1], self.defaults)
+        except InputError:
+            self.param_groups.pop()
+            raise
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Performs one step.
+
+        Args:
+            closure: evaluates the loss and its gradients, with gradients enabled.
+
+        Returns:
+            The loss that ``closure`` returned, or None.
+
+        Raises:
+            InputError: a gradient is sparse, or ``differentiable`` meets a leaf tensor.
+            FloatingPointError, NewtonError: a result is not finite; see ``nonfinite``.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # Not torch's own decorator, whose deliberate graph breaks forbid compiling with fullgraph.
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        policy = self._nonfinite_policy()
+        try:
+            plans = [self._plan(group) for group in self.param_groups]
+        except NewtonError:
+            if policy == "skip":
+                return
+            raise
+        plans = [plan for plan in plans if plan is not None]
+        keep = None
+        if plans and policy != "propagate":
+            keep = all_finite([t for plan in plans for t in plan.outcome()])
+            # A select would let autograd multiply the NaN that it hides by zero: there, ask.
+            if policy == "raise" or self.defaults["differentiable"]:
+                if not keep:
+                    if policy == "skip":
+                        return
+                    raise FloatingPointError(_diagnosis(plans))
+                keep = None
+        for plan in plans:
+            self._commit(plan, keep)
+
+    def _nonfinite_policy(self) -> str:
+        if self.defaults["nonfinite"] is not None:
+            return self.defaults["nonfinite"]
+        on_cpu = all(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
+        return "raise" if on_cpu and not torch.compiler.is_compiling() else "skip"
+
+    def _init_group(
+        self,
+        group: Group,
+        params: Tensors,
+        grads: Tensors,
+        buffers: Tensors,
+        anchors: Tensors,
+        dual_inits: Tensors,
+        duals: Tensors,
+        slots: list[int],
+    ) -> None:
+        """Collects what a step of the group reads, and creates the state that is missing."""
+        # torch.compile knows this name from torch's own optimizers: it calls the method once,
+        # outside the graph, and takes the tensors from the lists.
+        anchored = is_anchored(group)
+        for slot, p in enumerate(group["params"]):
+            if p.grad is None or p.numel() == 0:
+                continue
+            if p.grad.layout != torch.strided:
+                raise InputError(
+                    f"the gradient of {parameter_name(group, slot)} is {p.grad.layout}: make it "
+                    "dense (sparse=False in an embedding), or give it to torch.optim.SparseAdam"
+                )
+            slots.append(slot)
+            params.append(p)
+            grads.append(p.grad)
+            state, dtype = self.state[p], state_dtype(p, group)
+            if group["momentum"] != 0:
+                # Zeros make mu 0 + g = g of the first step, as SGD's special case does.
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)
+                buffers.append(state["momentum_buffer"])
+            if anchored:
+                if "anchor" not in state:
+                    state["anchor"] = p.to(dtype, copy=True)
+                anchors.append(state["anchor"])
+        if keeps_dual(group):
+            self._init_dual(group, params, anchors, slots)
+            duals.extend(self.state[p]["dual"] for p in params)
+            if not anchored:
+                dual_inits.extend(self.state[p]["dual_init"] for p in params)
+
+    def _init_dual(
+        self, group: Group, params: Tensors, anchors: Tensors, slots: list[int]
+    ) -> None:
+        missing = [i for i, p in enumerate(params) if "dual" not in self.state[p]]
+        if not missing:
+            return
+        xs = widened([params[i] for i in missing], copy=True)
+        if anchors:
+            xs = [x - anchors[i] for x, i in zip(xs, missing, strict=True)]
+        slots = [slots[i] for i in missing]
+        zs = through(group["mirror_map"], xs, slots, len(group["params"]))
+        for i, z in zip(missing, zs, strict=True):
+            state = self.state[params[i]]
+            if anchors:  # z of a displacement is a displacement already: z_0 is zero
+                state["dual"] = z
+            else:
+                state["dual"], state["dual_init"] = torch.zeros_like(z), z
+
+    def _plan(self, group: Group) -> "_Plan | None":
+        """The group's step before it is taken; None if there are no gradients."""
+        params: Tensors = []
+        grads: Tensors = []
+        buffers: Tensors = []
+        anchors: Tensors = []
+        dual_inits: Tensors = []
+        duals: Tensors = []
+        slots: list[int] = []
+        self._init_group(group, params, grads, buffers, anchors, dual_inits, duals, slots)
+        if not params:
+            return None
+        differentiable = self.defaults["differentiable"]
+        if differentiable and any(p.is_leaf and p.requires_grad for p in params):
+            raise InputError(
+                "differentiable=True cannot change a leaf tensor that requires grad: pass non-leaf "
+                "parameters, such as p.clone()"
+            )
+        foreach = group["foreach"]
+        if foreach is None:
+            _, foreach = _default_to_fused_or_foreach(params, differentiable)
+        new = mirror_descent(
+            params,
+            grads,
+            buffers,
+            anchors,
+            dual_inits,
+            duals,
+            mirror_map=group["mirror_map"],
+            slots=slots,
+            count=len(group["params"]),
+            lr=group["lr"],
+            momentum=group["momentum"],
+            nesterov=group["nesterov"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            foreach=foreach,
+            differentiable=differentiable,
+        )
+        return _Plan(group, foreach, slots, grads, Update(params, buffers, duals), new)
+
+    def _commit(self, plan: "_Plan", keep: Tensor | None) -> None:
+        """Takes the step, where ``keep`` (0-dim bool) says so; None: everywhere."""
+        kinds = zip(("parameter", "momentum_buffer", "dual"), plan.old, plan.new, strict=True)
+        for kind, old, new in kinds:
+            if not old:
+                continue
+            if keep is not None:
+                new = [torch.where(keep.to(o.device), n, o) for o, n in zip(old, new, strict=True)]
+            if self.defaults["differentiable"] and kind != "parameter":
+                # Writing in place would overwrite what autograd has saved.
+                for p, n in zip(plan.old.params, new, strict=True):
+                    self.state[p][kind] = n
+            elif plan.foreach:
+                torch._foreach_copy_(old, new)
+            else:
+                for o, n in zip(old, new, strict=True):
+                    o.copy_(n)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As any optimizer's, each ``mirror_map`` as its name, options and tensors.
+
+        It holds tensors and plain values only: ``torch.load(..., weights_only=True)`` reads it.
+        """
+        handle = self.register_state_dict_post_hook(pack_maps, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what ``state_dict`` gave; the tensors of the maps are copied into the maps.
+
+        State moves to the device of its parameter, and beside a dual state it stays in at least
+        float32 whatever the dtype of the parameter.
+
+        Raises:
+            InputError: the checkpoint is of another mirror map or of another model. Nothing has
+                changed then.
+        """
+        # The base class casts all state to the dtype of the parameter: hide it, after the user's
+        # own hooks have run. __setstate__ uncovers it, before the user's post-hooks run.
+        handle = self.register_load_state_dict_pre_hook(hide_state)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "defaults" not in state:  # from load_state_dict, not from a pickle or a deep copy
+            adopt(self.param_groups, state["param_groups"], state["state"])
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("nesterov", False)
+            group.setdefault("maximize", False)
+            group.setdefault("dual_state", None)
+            group.setdefault("anchor", "auto")
+            group.setdefault("foreach", None)
+            for name in RUN_OPTIONS:
+                group[name] = self.defaults.setdefault(name, None)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A group's step before it is taken."""
+
+    group: Group
+    foreach: bool
+    slots: list[int]
+    grads: Tensors
+    old: Update
+    new: Update
+
+    def outcome(self) -> Tensors:
+        """All that has to be finite for the step to be taken."""
+        # A gradient that is not finite shows in the momentum and in the dual state; where neither
+        # is kept, a map that saturates could hide it.
+        return [*self.new.params, *([*self.new.buffers, *self.new.duals] or self.grads)]
+
+
+def _diagnosis(plans: list[_Plan]) -> str:
+    """Which parameter a step was not finite for, and why."""
+    for plan in plans:
+        lists = zip(plan.slots, plan.grads, plan.old.params, plan.new.params, strict=True)
+        for slot, grad, old, new in lists:
+            name = parameter_name(plan.group, slot)
+            if not all_finite([grad]):
+                cause = f"the gradient of {name} holds NaN or Inf"
+            elif not all_finite([old]):
+                cause = f"{name} holds NaN or Inf already"
+            elif not all_finite([new]):
+                cause = f"the step of {name} leaves the range of {new.dtype}"
+            else:
+                continue
+            return (
+                f"{cause}; nothing was changed: lower lr, clip the gradients, or pass "
+                "nonfinite='skip'"
+            )
+    return "the momentum or the dual state overflows; nothing was changed: lower lr"

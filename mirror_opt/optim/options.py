@@ -1,0 +1,117 @@
+"""Legal options of a parameter group, and what follows from them."""
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mirror_opt.errors import InputError
+from mirror_opt.maps import MirrorMap
+
+__all__ = [
+    "RUN_OPTIONS",
+    "Group",
+    "check_group",
+    "check_options",
+    "is_anchored",
+    "keeps_dual",
+    "parameter_name",
+    "state_dtype",
+]
+
+Group = dict[str, Any]
+
+# These hold for the optimizer as a whole, and for a run rather than its checkpoint.
+RUN_OPTIONS = ("differentiable", "nonfinite")
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_CHOICES: dict[str, tuple] = {
+    "nesterov": (True, False),
+    "maximize": (True, False),
+    "dual_state": (True, False, None),
+    "anchor": ("auto", "init", "zero"),
+    "foreach": (True, False, None),
+    "differentiable": (True, False),
+    "nonfinite": ("raise", "skip", "propagate", None),
+}
+
+
+def keeps_dual(group: Group) -> bool:
+    """Whether the group keeps its dual state."""
+    if group["dual_state"] is None:
+        return not group["mirror_map"].forward_is_closed
+    return group["dual_state"]
+
+
+def is_anchored(group: Group) -> bool:
+    """Whether the group's map acts on the displacement from the initial parameters."""
+    if group["anchor"] == "auto":
+        return group["mirror_map"].anchored
+    return group["anchor"] == "init"
+
+
+def state_dtype(p: Tensor, group: Group) -> torch.dtype:
+    """The dtype of all state of a parameter: at least float32 beside a dual state."""
+    return torch.promote_types(p.dtype, torch.float32) if keeps_dual(group) else p.dtype
+
+
+def parameter_name(group: Group, slot: int) -> str:
+    """A parameter for an error message: by its name if the user gave one."""
+    if "param_names" in group:
+        return f"parameter {group['param_names'][slot]!r}"
+    return f"parameter {slot} of its group, of shape {tuple(group['params'][slot].shape)}"
+
+
+def check_options(options: Group) -> None:
+    """Raises InputError for an option out of its legal range."""
+    lr = options["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise InputError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+    _check_number("lr", lr, math.inf)
+    _check_number("momentum", options["momentum"], 1)
+    _check_number("weight_decay", options["weight_decay"], math.inf)
+    for name, choices in _CHOICES.items():
+        if options[name] not in choices:
+            legal = ", ".join(map(repr, choices))
+            raise InputError(f"Invalid {name}={options[name]!r}: pass one of {legal}")
+    if options["nesterov"] and options["momentum"] == 0:
+        raise InputError("Invalid nesterov=True with momentum=0: pass a momentum in (0, 1)")
+    if options["foreach"] and options["differentiable"]:
+        raise InputError("Invalid foreach=True with differentiable=True: pass foreach=False")
+    if not isinstance(options["mirror_map"], MirrorMap):
+        raise InputError(
+            f"Invalid mirror_map={options['mirror_map']!r}: pass an instance of a map in "
+            "mirror_opt.maps, such as maps.Hypentropy()"
+        )
+
+
+def check_group(group: Group, defaults: Group) -> None:
+    """Raises InputError for options out of range or parameters that the map does not serve."""
+    check_options(group)
+    for name in RUN_OPTIONS:
+        if group[name] != defaults[name]:
+            raise InputError(
+                f"Invalid {name}={group[name]!r} in a parameter group: it holds for the whole "
+                "optimizer, pass it to MirrorDescent"
+            )
+    for slot, p in enumerate(group["params"]):
+        if p.dtype not in _DTYPES:
+            raise InputError(
+                f"{parameter_name(group, slot)} is {p.dtype}: pass float16, bfloat16, float32 or "
+                "float64, and for complex numbers a parameter whose view_as_complex is used"
+            )
+    mirror_map = group["mirror_map"]
+    mirror_map.check(group["params"])
+    if is_anchored(group) and mirror_map.domain != "reals":
+        raise InputError(
+            f"Invalid anchor={group['anchor']!r} for {type(mirror_map).__name__}: displacements "
+            f"from an anchor leave its domain ({mirror_map.domain}), pass 'auto' or 'zero'"
+        )
+
+
+def _check_number(name: str, value: Any, upper: float) -> None:
+    number = value.item() if isinstance(value, Tensor) and name == "lr" else value
+    if isinstance(number, bool) or not isinstance(number, Real) or not 0 <= number < upper:
+        raise InputError(f"Invalid {name}={value!r}: pass a number in [0, {upper})")

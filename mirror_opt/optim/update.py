@@ -1,0 +1,160 @@
+"""One mirror-descent step on lists of tensors, out of place."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mirror_opt.maps import MirrorMap
+
+__all__ = ["Update", "all_finite", "mirror_descent", "through", "widened"]
+
+Tensors = list[Tensor]
+
+
+class Update(NamedTuple):
+    """What a step makes of its lists; ``buffers`` and ``duals`` are empty where those given are."""
+
+    params: Tensors
+    buffers: Tensors
+    duals: Tensors
+
+
+def mirror_descent(
+    params: Tensors,
+    grads: Tensors,
+    buffers: Tensors,
+    anchors: Tensors,
+    dual_inits: Tensors,
+    duals: Tensors,
+    *,
+    mirror_map: MirrorMap,
+    slots: list[int],
+    count: int,
+    lr: float | Tensor,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    maximize: bool,
+    foreach: bool,
+    differentiable: bool,
+) -> Update:
+    r"""The equations of ``MirrorDescent`` for one parameter group.
+
+    Args:
+        params, grads: one entry for each parameter that has a gradient.
+        buffers: momentum b_k; empty without momentum.
+        anchors: phi_0; empty when the anchor is zero.
+        dual_inits: z_0; empty when it is zero.
+        duals: zeta = z - z_0; empty for a stateless step.
+        mirror_map: acts on ``count`` tensors, of which these are the ones at ``slots``.
+
+    Returns:
+        New tensors in the dtype of those that they are to replace.
+
+    Raises:
+        NewtonError: a solve of the map failed.
+    """
+    add, scale = (_foreach_add, _foreach_scale) if foreach else (_forloop_add, _forloop_scale)
+    lr = _as_scalar(lr, differentiable)
+    coefficients = mirror_map.coefficients()
+
+    def primal(duals: Tensors) -> Tensors:
+        zs = add(duals, dual_inits) if dual_inits else duals
+        xs = through(mirror_map.inverse, zs, slots, count, coefficients)
+        return add(xs, anchors) if anchors else xs
+
+    def dual(xs: Tensors) -> Tensors:
+        xs = add(xs, anchors, -1) if anchors else xs
+        zs = through(mirror_map, xs, slots, count, coefficients)
+        return add(zs, dual_inits, -1) if dual_inits else zs
+
+    # The direction, operation by operation as SGD computes it.
+    directions = scale(grads, -1) if maximize else grads
+    new_buffers: Tensors = []
+    if buffers:
+        directions = _as_dtype_of(buffers, directions)
+        new_buffers = add(scale(buffers, momentum), directions)
+        directions = add(directions, new_buffers, momentum) if nesterov else new_buffers
+
+    zs = duals
+    if weight_decay != 0 or not duals:
+        # Autograd keeps the point, which must not be the parameter that is overwritten.
+        xs = primal(duals) if duals else widened(params, copy=differentiable)
+        zs = dual(scale(xs, 1 - lr * weight_decay) if weight_decay != 0 else xs)
+    zs = add(zs, widened(directions), -lr)
+    return Update(
+        _as_dtype_of(params, primal(zs)), new_buffers, _as_dtype_of(duals, zs) if duals else []
+    )
+
+
+def through(
+    function: Callable[..., Sequence[Tensor | None]],
+    tensors: Tensors,
+    slots: list[int],
+    count: int,
+    coefficients: Sequence[Any] | None = None,
+) -> Tensors:
+    """A map's function on ``count`` places: these tensors at ``slots``, None at the others."""
+    full: list[Tensor | None] = [None] * count
+    for slot, tensor in zip(slots, tensors, strict=True):
+        full[slot] = tensor
+    result = function(full, coefficients)
+    return [result[slot] for slot in slots]
+
+
+def widened(xs: Tensors, copy: bool = False) -> Tensors:
+    """In at least float32, where a step is computed before it is rounded once."""
+    return [x.to(torch.promote_types(x.dtype, torch.float32), copy=copy) for x in xs]
+
+
+def all_finite(tensors: Tensors) -> Tensor:
+    """0-dim bool, on the device of the first tensor: whether all entries are finite."""
+    tensors = [t.detach() for t in tensors]
+    if all(t.device.type == "cpu" for t in tensors):
+        # Both propagate NaN; here aminmax is the faster by far, on a GPU the multi-tensor norm.
+        extremes = [extreme for t in tensors for extreme in torch.aminmax(t)]
+    else:
+        extremes = torch._foreach_norm(tensors, ord=math.inf)
+    # Comparable in one call each: one device, and a dtype that holds every value.
+    dtype = functools.reduce(torch.promote_types, {t.dtype for t in tensors})
+    device = tensors[0].device
+    return torch.stack([extreme.to(device, dtype) for extreme in extremes]).isfinite().all()
+
+
+def _as_dtype_of(likes: Tensors, xs: Tensors) -> Tensors:
+    return [x.to(like.dtype) for like, x in zip(likes, xs, strict=True)]
+
+
+def _as_scalar(lr: float | Tensor, differentiable: bool) -> float | Tensor:
+    if not isinstance(lr, Tensor):
+        return lr
+    # A number is faster and rounds as in SGD. It stays a tensor where reading it would synchronise,
+    # or cut the graph of autograd or of a compiled step.
+    recorded = differentiable and lr.requires_grad
+    if lr.device.type == "cpu" and not recorded and not torch.compiler.is_compiling():
+        return lr.item()
+    return lr.reshape(())
+
+
+def _forloop_add(xs: Tensors, ys: Tensors, alpha: float | Tensor = 1) -> Tensors:
+    if isinstance(alpha, Tensor):
+        return [x + alpha * y for x, y in zip(xs, ys, strict=True)]
+    return [x.add(y, alpha=alpha) for x, y in zip(xs, ys, strict=True)]
+
+
+def _forloop_scale(xs: Tensors, factor: float | Tensor) -> Tensors:
+    return [x * factor for x in xs]
+
+
+def _foreach_add(xs: Tensors, ys: Tensors, alpha: float | Tensor = 1) -> Tensors:
+    if isinstance(alpha, Tensor):
+        return list(torch._foreach_add(xs, torch._foreach_mul(ys, alpha)))
+    return list(torch._foreach_add(xs, ys, alpha=alpha))
+
+
+def _foreach_scale(xs: Tensors, factor: float | Tensor) -> Tensors:
+    return list(torch._foreach_mul(xs, factor))

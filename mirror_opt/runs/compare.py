@@ -1,0 +1,107 @@
+r"""Comparison: several methods, the same initialisation, tasks and budget, one table."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from mirror_opt import meta
+from mirror_opt.errors import InputError
+from mirror_opt.runs import results
+from mirror_opt.runs.config import RunConfig, build
+from mirror_opt.runs.directory import CONFIG, RESULTS, clear, holds_run, read_json, write_json
+from mirror_opt.runs.train import train
+
+__all__ = ["METHODS", "compare", "open_comparison"]
+
+METHODS = ("maml", "meta-curvature", "mirror")
+
+# Options of one method only; given to a comparison, they are for that method.
+_MIRROR_ONLY = ("map", "map_options")
+
+
+def open_comparison(
+    out: str | os.PathLike,
+    given: dict[str, Any],
+    methods: tuple[str, ...] | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> list[RunConfig]:
+    r"""One config per method, before anything is written.
+
+    Args:
+        out: the comparison's directory.
+        given: options of :meth:`RunConfig.create`, for every method (the map's for ``mirror``).
+        methods: names, each once; None for :data:`METHODS`, or those of the comparison resumed.
+        resume: go on with the comparison in ``out``, if there is one.
+        overwrite: replace the comparison in ``out``, if there is one.
+
+    Raises:
+        InputError: ``out`` holds a run and neither was asked, an option differs from its own, or
+            an option or a method that cannot be.
+    """
+    out = Path(out)
+    if resume and (out / CONFIG).exists():
+        values = read_json(out / CONFIG, dict)
+        if "methods" not in values:
+            raise InputError(f"{out}: holds a run of one method; use `mirror-opt train --resume`")
+        if methods is not None and set(methods) != set(values["methods"]):
+            raise InputError(
+                f"--methods {','.join(methods)}: the comparison in {out} has "
+                f"{','.join(values['methods'])}; drop --methods to resume it, or pass another --out"
+            )
+        configs = [RunConfig.from_dict(one, out / CONFIG) for one in values["methods"].values()]
+        for config in configs:
+            config.check_same(_for(config.method, given), out)
+        return configs
+    methods = METHODS if methods is None else methods
+    if any(map(holds_run, (out, *(out / name for name in methods)))) and not overwrite:
+        raise InputError(
+            f"{out}: holds a run already; pass --resume to go on with it, --overwrite to "
+            "replace it, or another --out"
+        )
+    if "task" not in given:
+        raise InputError("--task: missing; pass sinusoid, glyphs, omniglot or folder")
+    if not methods or len(set(methods)) != len(methods):
+        raise InputError(f"--methods {','.join(methods)}: pass one or more names, each once")
+    if "mirror" not in methods and any(name in given for name in _MIRROR_ONLY):
+        raise InputError("--map: none of --methods takes a map; add mirror to --methods")
+    return [RunConfig.create(method=name, **_for(name, given)) for name in methods]
+
+
+def compare(
+    configs: list[RunConfig],
+    out: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    download: bool = False,
+    save_every: float = 30.0,
+) -> list[dict[str, Any]]:
+    r"""Trains every config in ``out/<method>`` and merges the rows into ``out/results.json``.
+
+    A method that is finished is not trained again; one that was interrupted goes on.
+
+    Args:
+        configs: one per method, from :func:`open_comparison`.
+        out, overwrite, download, save_every: as for :func:`mirror_opt.runs.train.train`.
+
+    Returns:
+        The rows of all methods.
+    """
+    out = Path(out)
+    for config in configs:  # a mistake in the last method shows before the first is trained
+        build(config, download=download)
+    if overwrite:
+        for directory in (*(out / name for name in meta.METHODS), out):
+            clear(directory)
+    write_json(out / CONFIG, {"methods": {c.method: c.to_dict() for c in configs}})
+    rows = []
+    for config in configs:
+        rows += train(config, out / config.method, save_every=save_every)
+    return results.merge(out / RESULTS, rows)
+
+
+def _for(method: str, given: dict[str, Any]) -> dict[str, Any]:
+    if method == "mirror":
+        return given
+    return {name: value for name, value in given.items() if name not in _MIRROR_ONLY}

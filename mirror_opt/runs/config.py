@@ -1,0 +1,229 @@
+r"""What defines a run: every option, its default and its check, and the objects they stand for."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mirror_opt import fewshot, maps, meta
+from mirror_opt.errors import InputError
+from mirror_opt.fewshot import TaskFamily
+from mirror_opt.meta import MetaLearner
+from mirror_opt.runs import options
+from mirror_opt.runs.options import READERS, option, shown
+
+__all__ = ["GUARDS", "RunConfig", "build"]
+
+GUARDS = {"auto": "auto", "on": True, "off": False}
+
+_RATES = ("lr", "init_lr", "map_lr", "rate_lr")
+_IMAGES = {
+    "ways": 5,
+    "shots": 1,
+    "queries": 15,
+    "filters": 32,
+    "iterations": 1000,
+    "tasks_per_batch": 4,
+    "train_steps": 1,
+    "test_tasks": 600,
+}
+_SINUSOID = {
+    "ways": None,
+    "shots": 10,
+    "queries": 10,
+    "filters": None,
+    "iterations": 3000,
+    "tasks_per_batch": 25,
+    "train_steps": 5,
+    "test_tasks": 500,
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    r"""Everything that determines a run's result. Make one with :meth:`create`.
+
+    ``train_steps`` is the number of inner steps trained through, ``"lo-hi"`` for a random one;
+    ``lr`` is the inner step size alpha; ``init_lr``, ``map_lr`` and ``rate_lr`` are the outer
+    rates of the initialisation, the map and learned inner rates.
+    """
+
+    task: str
+    method: str
+    ways: int | None
+    shots: int
+    queries: int
+    filters: int | None
+    iterations: int
+    tasks_per_batch: int
+    train_steps: int | str
+    lr: float
+    init_lr: float
+    map_lr: float
+    rate_lr: float
+    test_tasks: int
+    map: str | None = None
+    map_options: dict[str, Any] = field(default_factory=dict)
+    adapt_steps: tuple[int, ...] = (0, 1, 2, 3, 5, 10)
+    guard: str = "auto"
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = None
+    data_dir: str | None = None
+    task_options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def create(cls, task: str, method: str = "mirror", **given: Any) -> "RunConfig":
+        r"""The config of ``method`` on ``task``: what is given, and defaults for the rest.
+
+        Text is read as on the command line: ``train_steps="1-5"``, ``adapt_steps="0,1,5"``,
+        ``map_options="terms=4,units=4"``.
+
+        Raises:
+            InputError: an unknown name, or a value that cannot be.
+
+        Example:
+            >>> config = RunConfig.create("sinusoid", "maml", train_steps="1-5")
+            >>> config.train_steps, config.shots, config.adapt_steps
+            ('1-5', 10, (0, 1, 2, 3, 5, 10))
+        """
+        _choice("task", task, fewshot.TASKS)
+        _choice("method", method, meta.METHODS)
+        defaults = dict(_SINUSOID if task == "sinusoid" else _IMAGES)
+        rates = meta.defaults(method, task)
+        defaults |= {name: getattr(rates, name) for name in _RATES}
+        defaults["device"] = "auto"
+        if method == "mirror":
+            defaults["map"] = "kronecker"
+        values = defaults | given
+        for name, read in READERS.items():
+            if name in values:
+                values[name] = read(values[name])
+        if values.get("data_dir") is not None:
+            values["data_dir"] = os.fspath(values["data_dir"])
+        return cls(task=task, method=method, **values)
+
+    def __post_init__(self) -> None:
+        if self.task == "sinusoid" and self.filters is not None:
+            raise InputError(
+                f"--filters {self.filters}: sinusoid has a network without filters; "
+                "drop --filters, or pass an image task"
+            )
+        least = {"iterations": 1, "tasks_per_batch": 1, "test_tasks": 2, "seed": 0}
+        if self.threads is not None:
+            least["threads"] = 1
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < bound:
+                raise InputError(
+                    f"{option(name)} {value}: must be a whole number, at least {bound}"
+                )
+        for name in _RATES:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise InputError(f"{option(name)} {value}: must be a finite number, at least 0")
+        if self.lr == 0:
+            raise InputError("--lr 0: adaptation would not move; pass a step size above 0")
+        _choice("guard", self.guard, GUARDS)
+        if self.method == "mirror":
+            _choice("map", self.map, maps.REGISTRY)
+        elif self.map is not None or self.map_options:
+            name = "map_options" if self.map is None else "map"
+            raise InputError(
+                f"{option(name)} {shown(getattr(self, name))}: --method {self.method} has its own "
+                "geometry; pass it with --method mirror"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        r"""Plain values, for JSON and for checkpoints."""
+        return dataclasses.asdict(self) | {"adapt_steps": list(self.adapt_steps)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str | os.PathLike) -> "RunConfig":
+        r"""Reads :meth:`to_dict` back; ``source`` is the file that an error names.
+
+        Raises:
+            InputError: a field is missing, unknown or out of range.
+        """
+        try:
+            return cls(**values | {"adapt_steps": tuple(values["adapt_steps"])})
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
+        except (TypeError, KeyError) as error:
+            raise InputError(
+                f"{source}: not the config of a run ({error}); restore it or train again"
+            ) from None
+
+    def check_same(self, given: dict[str, Any], where: str | os.PathLike) -> None:
+        r"""Holds options given on resuming against this config, that of the run in ``where``.
+
+        ``data_dir`` may differ: the same data can live elsewhere.
+
+        Raises:
+            InputError: names the first option that differs.
+        """
+        for name, value in given.items():
+            value = READERS.get(name, lambda same: same)(value)
+            if name != "data_dir" and value != getattr(self, name):
+                raise InputError(
+                    f"{option(name)} {shown(value)}: the run in {where} has "
+                    f"{shown(getattr(self, name))}; drop {option(name)} to go on with it, "
+                    "or pass another --out"
+                )
+
+    @property
+    def horizon(self) -> tuple[int, int]:
+        r"""``train_steps`` as (least, most)."""
+        steps = [int(part) for part in str(self.train_steps).split("-")]
+        return steps[0], steps[-1]
+
+    @property
+    def label(self) -> str:
+        r"""How tables and pictures call the method, the map included."""
+        return f"{self.method} ({self.map})" if self.map else self.method
+
+
+def build(config: RunConfig, *, download: bool = False) -> tuple[TaskFamily, MetaLearner]:
+    r"""The task family and the learner that ``config`` describes, the learner on its device.
+
+    The model is initialised from ``config.seed``, the same for all methods, and torch's global
+    random state is left as it was.
+
+    Raises:
+        InputError: absent data, more ways than classes, a map that does not fit the model.
+    """
+    device = options.device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    task = fewshot.make_task(
+        config.task,
+        ways=config.ways,
+        shots=config.shots,
+        queries=config.queries,
+        seed=config.seed,
+        data_dir=config.data_dir,
+        download=download,
+        **config.task_options,
+    )
+    low, high = config.horizon
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = task.model() if config.filters is None else task.model(filters=config.filters)
+        learner = meta.build(
+            config.method,
+            model,
+            map_name=config.map,
+            map_options=config.map_options,
+            lr=config.lr,
+            steps=low if low == high else (low, high),
+        )
+    return task, learner.to(device)
+
+
+def _choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise InputError(f"{option(name)} {value}: unknown; choose from {', '.join(choices)}")

@@ -1,0 +1,100 @@
+r"""A run's directory: the names of its files, and writing each of them whole or not at all.
+
+A file is written to a temporary name beside its target, flushed to the disk and renamed over
+it, so a reader (or a resumed run) finds the old content or the new one and never a part. The
+temporary name is fixed: what a killed process left behind is replaced by the next save.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mirror_opt.errors import InputError
+
+__all__ = [
+    "CHECKPOINT",
+    "CONFIG",
+    "HISTORY",
+    "PLOTS",
+    "RESULTS",
+    "clear",
+    "holds_run",
+    "read_json",
+    "write_bytes",
+    "write_json",
+]
+
+CONFIG = "config.json"
+RESULTS = "results.json"
+HISTORY = "history.json"
+CHECKPOINT = "checkpoint.pt"
+PLOTS = ("adaptation.png", "training.png", "map.png", "episodes.png", "fits.png")
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    r"""Writes ``data`` to ``path`` atomically, making the parent directory where it is missing.
+
+    Raises:
+        OSError: the directory cannot be written, or the disk is full. ``path`` is then what it
+            was before, and no temporary file stays.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # write() does not say which file met the full disk
+        raise
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    r"""Writes ``value`` as strict JSON (no NaN), atomically; a list gets one line per element."""
+    if isinstance(value, list):
+        lines = ",\n".join(json.dumps(element, allow_nan=False) for element in value)
+        text = f"[\n{lines}\n]\n"
+    else:
+        text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_bytes(path, text.encode())
+
+
+def read_json(path: str | os.PathLike, kind: type) -> Any:
+    r"""Reads a JSON file whose top level is of the type ``kind`` (``dict`` or ``list``).
+
+    Raises:
+        InputError: the file is absent, is no JSON, or holds something else.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; pass the --out of a run that exists") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); restore it or train again") from None
+    if not isinstance(value, kind):
+        raise InputError(
+            f"{path}: holds a JSON {type(value).__name__} where a {kind.__name__} belongs; "
+            "restore it or train again"
+        )
+    return value
+
+
+def holds_run(out: str | os.PathLike) -> bool:
+    r"""Whether ``out`` holds a run's config, checkpoint or results."""
+    return any((Path(out) / name).exists() for name in (CONFIG, CHECKPOINT, RESULTS))
+
+
+def clear(out: str | os.PathLike) -> None:
+    r"""Removes a run's own files from ``out`` and nothing else."""
+    # The config goes last: a directory half cleared is still known to hold a run.
+    for name in (CHECKPOINT, RESULTS, HISTORY, *PLOTS, CONFIG):
+        (Path(out) / name).unlink(missing_ok=True)

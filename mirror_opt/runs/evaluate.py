@@ -1,0 +1,119 @@
+r"""Evaluation: a learner on tasks unseen in training, after each number of adaptation steps."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mirror_opt.errors import InputError
+from mirror_opt.fewshot import TaskFamily
+from mirror_opt.meta import MetaLearner
+from mirror_opt.runs import checkpoint, results
+from mirror_opt.runs.config import GUARDS, RunConfig, build
+from mirror_opt.runs.directory import CHECKPOINT, CONFIG, RESULTS, read_json
+from mirror_opt.runs.options import option, shown
+
+__all__ = ["OVERRIDES", "evaluate", "evaluate_run", "load_run", "method_dirs"]
+
+# What may change between training a learner and evaluating it.
+OVERRIDES = ("adapt_steps", "test_tasks", "guard", "device", "data_dir", "threads",
+             "task", "task_options", "shots", "queries", "filters", "ways")
+
+# The size of a batch is part of which tasks are drawn: one constant, whatever the meta-batch.
+_BATCH = 25
+
+
+def evaluate(
+    learner: MetaLearner, task: TaskFamily, config: RunConfig, *, split: str = "test"
+) -> dict[int, torch.Tensor]:
+    r"""The task family's metric on the query sets of ``config.test_tasks`` tasks.
+
+    Args:
+        learner: adapts to each task's support set.
+        task: where the tasks come from.
+        config: gives ``adapt_steps``, ``test_tasks``, ``guard`` and ``device``.
+        split: ``"test"``, or ``"val"`` to choose between settings.
+
+    Returns:
+        For each number of adaptation steps a float tensor ``(test_tasks,)`` on the CPU.
+    """
+    parts: dict[int, list[torch.Tensor]] = {step: [] for step in config.adapt_steps}
+    with tqdm(total=config.test_tasks, desc=f"{config.label}: {split}", unit="task",
+              disable=None, leave=False) as bar:
+        for index, start in enumerate(range(0, config.test_tasks, _BATCH)):
+            count = min(_BATCH, config.test_tasks - start)
+            batch = task.sample(split, index, count).to(config.device)
+            found = learner.evaluate(
+                task.loss_fn,
+                task.metric_fn,
+                *batch,
+                adapt_steps=config.adapt_steps,
+                guard=GUARDS[config.guard],
+            )
+            for step, values in found.metrics.items():
+                parts[step].append(values.cpu())
+            bar.update(count)
+    return {step: torch.cat(values) for step, values in parts.items()}
+
+
+def load_run(
+    out: str | os.PathLike, given: dict[str, Any] | None = None
+) -> tuple[RunConfig, TaskFamily, MetaLearner, dict[str, Any]]:
+    r"""The config, task family, trained learner and checkpoint of the run in ``out``.
+
+    Args:
+        out: the run's directory.
+        given: options to change, of :data:`OVERRIDES`.
+
+    Raises:
+        InputError: no such run, an option that only training can change, or a checkpoint that
+            does not fit the model.
+    """
+    path = Path(out) / CHECKPOINT
+    state = checkpoint.load(path)
+    stored = RunConfig.from_dict(state["config"], path)
+    given = dict(given or {})
+    for name in given:
+        if name not in OVERRIDES and given[name] != getattr(stored, name):
+            raise InputError(
+                f"{option(name)} {shown(given[name])}: the run in {out} was trained with "
+                f"{shown(getattr(stored, name))}; drop {option(name)}, or train with it"
+            )
+    values = {f.name: getattr(stored, f.name) for f in dataclasses.fields(stored)}
+    values["device"] = "auto"  # a run may be evaluated where its own device is not
+    config = RunConfig.create(**values | given)
+    task, learner = build(config)
+    checkpoint.restore(path, learner, state["learner"], "model")
+    return config, task, learner, state
+
+
+def method_dirs(out: str | os.PathLike) -> list[Path]:
+    r"""``[out]`` for a run of one method, the methods' directories for a comparison."""
+    found = read_json(Path(out) / CONFIG, dict)
+    if "methods" not in found:
+        return [Path(out)]
+    return [Path(out) / method for method in found["methods"]]
+
+
+def evaluate_run(out: str | os.PathLike, given: dict[str, Any]) -> list[dict[str, Any]]:
+    r"""Evaluates the checkpoint(s) in ``out`` and adds the rows to its ``results.json``.
+
+    Args:
+        out: the directory of a run, or of a comparison (every method of it is evaluated).
+        given: options to change, of :data:`OVERRIDES`.
+
+    Returns:
+        The new rows.
+    """
+    new = []
+    for directory in method_dirs(out):
+        config, task, learner, state = load_run(directory, given)
+        trace = evaluate(learner, task, config)
+        new += results.rows(
+            config, task.metric, trace, state["iteration"], state["seconds"]
+        )
+    results.merge(Path(out) / RESULTS, new)
+    return new

@@ -1,0 +1,160 @@
+r"""Options as a person writes them: read into values, and spelled in messages."""
+
+from typing import Any
+
+import torch
+
+from mirror_opt.errors import InputError
+
+__all__ = [
+    "READERS",
+    "counted",
+    "device",
+    "option",
+    "pairs",
+    "shown",
+    "step_counts",
+    "train_steps",
+]
+
+
+def option(name: str) -> str:
+    r"""The command line's spelling of a field.
+
+    Example:
+        >>> option("train_steps")
+        '--train-steps'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def shown(value: Any) -> str:
+    r"""A value as a person would write it."""
+    if isinstance(value, tuple | list):
+        return ",".join(str(part) for part in value)
+    if isinstance(value, dict):
+        return ",".join(f"{key}={part}" for key, part in value.items())
+    return str(value)
+
+
+def counted(number: int | str, noun: str) -> str:
+    r"""A number and its noun.
+
+    Example:
+        >>> counted(1, "step"), counted(5, "step"), counted("1-5", "step")
+        ('1 step', '5 steps', '1-5 steps')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def train_steps(value: Any) -> int | str:
+    r"""The trained horizon: ``5``, or ``"1-5"`` for a random one; ``"5"`` and ``(1, 5)`` too.
+
+    Raises:
+        InputError: anything else.
+
+    Example:
+        >>> train_steps("5"), train_steps("1-5"), train_steps((1, 5))
+        (5, '1-5', '1-5')
+    """
+    try:
+        parts = value.split("-") if isinstance(value, str) else value
+        low, *rest = (int(part) for part in ([parts] if isinstance(parts, int) else parts))
+        (high,) = rest or [low]
+    except (ValueError, TypeError):
+        low = high = 0
+    if not 1 <= low <= high:
+        raise InputError(
+            f"--train-steps {shown(value)}: pass a number of inner steps such as 5, "
+            "or a range such as 1-5"
+        )
+    return low if low == high else f"{low}-{high}"
+
+
+def step_counts(value: Any) -> tuple[int, ...]:
+    r"""``"0,1,5"`` or a sequence as a rising tuple of distinct counts.
+
+    Raises:
+        InputError: not a list of whole numbers from 0.
+
+    Example:
+        >>> step_counts("5,1,0")
+        (0, 1, 5)
+    """
+    try:
+        parts = value.split(",") if isinstance(value, str) else value
+        steps = tuple(sorted({int(part) for part in parts}))
+    except (ValueError, TypeError):
+        steps = ()
+    if not steps or steps[0] < 0:
+        raise InputError(
+            f"--adapt-steps {shown(value)}: pass step counts, comma-separated, such as 0,1,5,10"
+        )
+    return steps
+
+
+def pairs(value: Any) -> dict[str, Any]:
+    r"""``"terms=4,eps=0.1"`` as a dict with numbers and booleans read; a dict as it is.
+
+    Raises:
+        InputError: not a list of name=value pairs with distinct names.
+
+    Example:
+        >>> pairs("terms=4,eps=0.1,sigma=tanh")
+        {'terms': 4, 'eps': 0.1, 'sigma': 'tanh'}
+    """
+    if isinstance(value, dict):
+        return value
+    found = {}
+    for item in value.split(",") if value else ():
+        key, equals, text = item.partition("=")
+        if not (key.isidentifier() and equals and text) or key in found:
+            raise InputError(
+                f"{value!r}: pass options as name=value, comma-separated, each name once, "
+                "such as terms=4,units=4"
+            )
+        found[key] = _scalar(text)
+    return found
+
+
+def device(value: str) -> str:
+    r"""A device that is there; ``"auto"`` is CUDA where it is available, else the CPU.
+
+    Raises:
+        InputError: an unknown or absent device.
+    """
+    if value == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    known = "pass auto, cpu, cuda or cuda:N"
+    try:
+        found = torch.device(value)
+    except RuntimeError:
+        raise InputError(f"--device {value}: unknown; {known}") from None
+    if found.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {value}: not supported; {known}")
+    visible = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= visible:
+        raise InputError(
+            f"--device {value}: CUDA devices visible here: {visible}; pass --device cpu"
+        )
+    return str(found)
+
+
+READERS = {
+    "train_steps": train_steps,
+    "adapt_steps": step_counts,
+    "map_options": pairs,
+    "task_options": pairs,
+    "device": device,
+}
+
+
+def _scalar(text: str) -> int | float | bool | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,304 @@
+r"""The pictures of a run, drawn from its saved rows and checkpoints: nothing is trained here."""
+
+import contextlib
+import io
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from torch import Tensor
+
+from mirror_opt import fewshot
+from mirror_opt.fewshot import Episodes, TaskFamily
+from mirror_opt.maps import Profile
+from mirror_opt.meta import MetaLearner
+from mirror_opt.runs import results
+from mirror_opt.runs.config import RunConfig
+from mirror_opt.runs.directory import HISTORY, RESULTS, read_json, write_bytes
+from mirror_opt.runs.evaluate import load_run, method_dirs
+from mirror_opt.runs.options import counted
+
+__all__ = ["adaptation", "draw", "episode", "fits", "learned_map", "training"]
+
+_STYLE = {
+    "figure.dpi": 130,
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e5e5e5",
+    "grid.linewidth": 0.8,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+# Okabe and Ito's palette, one colour a method wherever it appears.
+_COLOURS = {
+    "maml": "#56b4e9",
+    "fomaml": "#999999",
+    "anil": "#cc79a7",
+    "meta-sgd": "#009e73",
+    "meta-curvature": "#e69f00",
+    "mirror": "#d55e00",
+}
+_RIGHT, _WRONG = (0, 158, 115), (213, 94, 0)
+
+Trained = tuple[RunConfig, TaskFamily, MetaLearner]
+
+
+def draw(out: str | os.PathLike, *, data_dir: str | os.PathLike | None = None) -> list[Path]:
+    r"""Draws every picture of the run or comparison in ``out``, and of the runs inside it.
+
+    Args:
+        out: the directory, holding results and checkpoints.
+        data_dir: where the task's data is, if not where it was.
+
+    Returns:
+        The files written.
+
+    Raises:
+        InputError: rows, checkpoint or data are absent or damaged.
+    """
+    out = Path(out)
+    directories = method_dirs(out)
+    written = []
+    if directories != [out]:
+        for directory in directories:
+            written += draw(directory, data_dir=data_dir)
+    given = {} if data_dir is None else {"data_dir": data_dir}
+    trained: list[Trained] = [load_run(directory, given)[:3] for directory in directories]
+    losses = [(config, read_json(directory / HISTORY, dict)["loss"])
+              for (config, _, _), directory in zip(trained, directories, strict=True)]
+    with _styled():
+        figures = {
+            "adaptation.png": adaptation(results.read(out / RESULTS)),
+            "training.png": training(losses),
+        }
+        for _, _, learner in trained:
+            with torch.no_grad():
+                curves = learner.mirror_map.profiles()
+            if curves:
+                figures["map.png"] = learned_map(curves, learner.names)
+        if trained[0][0].task == "sinusoid":
+            figures["fits.png"] = fits(trained)
+        else:
+            figures["episodes.png"] = episode(trained)
+        for name, figure in figures.items():
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png")
+            write_bytes(out / name, buffer.getvalue())
+            written.append(out / name)
+    return written
+
+
+def adaptation(rows: list[dict[str, Any]]) -> Figure:
+    r"""The metric against adaptation steps, one line a method, bands of 95%.
+
+    A step after which a task diverged is marked with a cross at the edge of the axes.
+    """
+    percent = rows[0]["metric"] == "accuracy"
+    figure = Figure(figsize=(6, 4))
+    axes = figure.add_subplot()
+    lines: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault((results.label(row), row["guard"]), []).append(row)
+    guards = {guard for _, guard in lines}
+    for (name, guard), line in lines.items():
+        line = sorted(line, key=lambda row: row["adapt_steps"])
+        colour = _COLOURS.get(line[0]["method"])
+        label = f"{name}, guard {guard}" if len(guards) > 1 else name
+        known = [row for row in line if row["mean"] is not None]
+        scale = 100 if percent else 1
+        steps = np.array([row["adapt_steps"] for row in known])
+        mean = scale * np.array([row["mean"] for row in known])
+        ci95 = scale * np.array([row["ci95"] for row in known])
+        # On a log axis a band must not reach zero.
+        low = mean - ci95 if percent else np.maximum(mean - ci95, 0.2 * mean)
+        axes.fill_between(steps, low, mean + ci95, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(steps, mean, "--" if guard == "off" else "-", color=colour, label=label,
+                  marker="o", markersize=4)
+        lost = [row["adapt_steps"] for row in line if row["mean"] is None]
+        axes.plot(lost, [0.98] * len(lost), "x", color=colour, clip_on=False,
+                  transform=axes.get_xaxis_transform())
+    steps = sorted({row["adapt_steps"] for row in rows})
+    if steps[-1] > 20:
+        axes.set_xscale("symlog", linthresh=10)
+    axes.set_xticks(steps, [str(step) for step in steps])
+    axes.set_xlabel("adaptation steps")
+    if percent:
+        axes.set_ylabel("query accuracy (%)")
+    else:
+        axes.set_ylabel("query MSE")
+        _log(axes)
+    axes.set_title(results.setting(rows[0]))
+    axes.legend()
+    return figure
+
+
+def training(runs: list[tuple[RunConfig, list[float | None]]]) -> Figure:
+    r"""Query loss over the meta-iterations, smoothed; skipped iterations are gaps."""
+    figure = Figure(figsize=(6, 4))
+    axes = figure.add_subplot()
+    for config, losses in runs:
+        values = np.array([math.nan if loss is None else loss for loss in losses])
+        window = max(1, len(values) // 50)
+        blocks = [values[i : i + window] for i in range(0, len(values), window)]
+        middle = [min(i * window + window / 2, len(values)) for i in range(len(blocks))]
+        means = [float(np.mean(b[np.isfinite(b)])) if np.isfinite(b).any() else math.nan
+                 for b in blocks]
+        axes.plot(middle, means, color=_COLOURS.get(config.method), label=config.label)
+    _log(axes)
+    axes.set_xlabel("meta-iteration")
+    axes.set_ylabel(f"query loss after {counted(runs[0][0].train_steps, 'step')}")
+    axes.set_title(f"{runs[0][0].task}: meta-training")
+    axes.legend()
+    return figure
+
+
+def learned_map(profiles: list[Profile], names: tuple[str, ...]) -> Figure:
+    r"""Learned curves against the identity, a panel a tensor, a line for each channel sampled.
+
+    Of more than twelve tensors those are shown whose curves moved most.
+
+    Args:
+        profiles: from the map; a label is ``"tensor 3, ..."``.
+        names: the names of the tensors.
+    """
+    panels: dict[int, list[Profile]] = {}
+    for profile in profiles:
+        panels.setdefault(int(profile.label.split(",")[0].split()[1]), []).append(profile)
+    moved = {tensor: max(float((c.y - c.x).abs().max()) for c in curves)
+             for tensor, curves in panels.items()}
+    tensors = sorted(sorted(panels, key=moved.__getitem__, reverse=True)[:12])
+    columns = min(4 if len(tensors) > 6 else 3, len(tensors))
+    rows = math.ceil(len(tensors) / columns)
+    figure = Figure(figsize=(2.4 * columns + 0.4, 2.2 * rows + 0.8))
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, tensor in zip(grid.flat, tensors, strict=False):
+        shades = matplotlib.colormaps["Oranges"](np.linspace(0.45, 0.9, len(panels[tensor])))
+        for shade, curve in zip(shades, panels[tensor], strict=True):
+            x, y = curve.x.detach().cpu(), curve.y.detach().cpu()
+            axes.plot(x, y, color=shade, linewidth=1.4)
+        axes.plot(x, x, "--", color="#555555", linewidth=1)
+        axes.set_title(names[tensor], fontsize=9)
+    for axes in grid.flat[len(tensors) :]:
+        axes.set_visible(False)
+    figure.supxlabel("$u$, in units of the calibrated displacement", fontsize=10)
+    figure.supylabel(r"$\psi(u)$", fontsize=10)
+    figure.suptitle(
+        r"The learned $\psi$ of up to four channels a tensor, and the identity (dashed)",
+        fontsize=11, x=0.01, ha="left",
+    )
+    return figure
+
+
+def fits(trained: list[Trained]) -> Figure:
+    r"""Three new sinusoids, one row a method: before and after adaptation."""
+    config = trained[0][0]
+    # Many query points, sorted, are the target curve.
+    family = fewshot.make_task(config.task, shots=config.shots, queries=200, seed=config.seed)
+    batch = family.sample("test", 0, 3)
+    last = config.horizon[1]
+    steps = sorted({0, 1, last})
+    shades = {0: "#bbbbbb", 1: "#e69f00", last: _COLOURS["mirror"]}
+    figure = Figure(figsize=(9, 2.1 * len(trained) + 0.8))
+    grid = figure.subplots(len(trained), 3, sharex=True, sharey="col", squeeze=False)
+    x = torch.linspace(-5, 5, 200)[:, None].expand(3, 200, 1)
+    for row, one in zip(grid, trained, strict=True):
+        curves = {step: _predict(one, batch, x, step) for step in steps}
+        for i, axes in enumerate(row):
+            order = batch.query_x[i, :, 0].argsort()
+            axes.plot(batch.query_x[i, order, 0], batch.query_y[i, order, 0], color="#333333",
+                      linewidth=1, label="target")
+            for step, curve in curves.items():
+                axes.plot(x[i, :, 0], curve[i, :, 0], color=shades[step],
+                          label=f"after {counted(step, 'step')}" if step else "before")
+            axes.plot(batch.support_x[i, :, 0], batch.support_y[i, :, 0], "o", color="#333333",
+                      markersize=4, label="support")
+        row[0].set_ylabel(one[0].label)
+    for i, axes in enumerate(grid[0]):
+        axes.set_title(f"new task {i + 1}")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return figure
+
+
+def episode(trained: list[Trained]) -> Figure:
+    r"""One new task: its support images, and per method the queries, framed by right or wrong.
+
+    Rows are classes; the frame of a query is green where the adapted model names its class.
+    """
+    config, family, _ = trained[0]
+    batch = family.sample("test", 0, 1)
+    step = config.horizon[1]
+    panels = [("support", _mosaic(batch.support_x[0], batch.support_y[0], None))]
+    for one in trained:
+        predicted = _predict(one, batch, batch.query_x, step)[0].argmax(-1)
+        right = predicted == batch.query_y[0]
+        title = f"{one[0].label}: {100 * float(right.float().mean()):.0f}%"
+        panels.append((title, _mosaic(batch.query_x[0], batch.query_y[0], right)))
+    widths = [image.shape[1] / panels[1][1].shape[1] for _, image in panels]
+    height = 4.0 * panels[1][1].shape[0] / panels[1][1].shape[1]
+    figure = Figure(figsize=(4.0 * sum(widths), height + 0.5))
+    grid = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)
+    for axes, (title, image) in zip(grid[0], panels, strict=True):
+        axes.imshow(image, interpolation="nearest")
+        axes.set_title(title, fontsize=10)
+        axes.set_axis_off()
+    steps = counted(step, "adaptation step")
+    figure.suptitle(f"{config.task}: a new task, a class per row; queries after {steps}, "
+                    "green: right, red: wrong", fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+@contextlib.contextmanager
+def _styled() -> Iterator[None]:
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def _predict(trained: Trained, batch: Episodes, x: Tensor, steps: int) -> Tensor:
+    r"""Predictions on ``x`` ``(tasks, n, ...)`` after ``steps`` on the batch's support sets."""
+    config, task, learner = trained
+    batch = batch.to(config.device)
+    with torch.no_grad():
+        adapted = learner.adapt_batch(task.loss_fn, batch.support_x, batch.support_y, steps=steps)
+        return adapted(x.to(config.device)).cpu()
+
+
+def _log(axes: Axes) -> None:
+    r"""A log y axis that writes 0.02, not 2 x 10^-2, and not at every tick."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _mosaic(images: Tensor, labels: Tensor, right: Tensor | None, most: int = 8) -> np.ndarray:
+    r"""Images ``(n, channels, h, w)`` as one picture, a row per class, ``most`` of each, framed."""
+    low, high = images.min(), images.max()
+    grey = ((images - low) / (high - low).clamp(min=1e-6) * 255).byte()
+    if grey.shape[1] == 1 and grey.float().mean() < 128:
+        grey = 255 - grey  # ink dark on white, however the data has it
+    pixels = grey.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    rows = []
+    for label in labels.unique():
+        cells = []
+        for i in (labels == label).nonzero()[:most, 0].tolist():
+            frame = (205, 205, 205) if right is None else _RIGHT if right[i] else _WRONG
+            cell = np.full((pixels.shape[1] + 4, pixels.shape[2] + 4, 3), frame, np.uint8)
+            cell[2:-2, 2:-2] = pixels[i]
+            cells.append(np.pad(cell, ((1, 1), (1, 1), (0, 0)), constant_values=255))
+        rows.append(np.concatenate(cells, axis=1))
+    return np.concatenate(rows, axis=0)

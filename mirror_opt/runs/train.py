@@ -1,0 +1,266 @@
+r"""Meta-training: the outer loop, its schedule, and going on after an interruption.
+
+Everything an iteration needs is a pure function of the config and the iteration's number (the
+tasks, the trained horizon, the rates) or is in the checkpoint (parameters, Adam's moments), so a
+resumed run takes the very steps that an uninterrupted one takes.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from mirror_opt.errors import InputError
+from mirror_opt.fewshot import TaskFamily
+from mirror_opt.meta import MetaLearner, NonFiniteLoss
+from mirror_opt.runs import checkpoint, results
+from mirror_opt.runs.config import RunConfig, build
+from mirror_opt.runs.directory import (
+    CHECKPOINT,
+    CONFIG,
+    HISTORY,
+    RESULTS,
+    clear,
+    holds_run,
+    read_json,
+    write_json,
+)
+from mirror_opt.runs.evaluate import evaluate
+
+__all__ = ["decay", "horizon", "open_run", "train"]
+
+_CLIP = 10.0  # the meta-gradient's norm is cut to this
+_BETAS = (0.9, 0.99)
+_TAIL, _FLOOR = 0.75, 0.05  # constant rates, then a linear decay from here down to this factor
+
+
+def decay(iteration: int, iterations: int) -> float:
+    r"""The factor on every outer rate: 1, then linear over the last quarter to a twentieth.
+
+    Example:
+        >>> [round(decay(i, 101), 3) for i in (0, 75, 100)]
+        [1.0, 1.0, 0.05]
+    """
+    if iterations == 1:
+        return 1.0
+    done = iteration / (iterations - 1)
+    return 1.0 - (1.0 - _FLOOR) * max(0.0, done - _TAIL) / (1.0 - _TAIL)
+
+
+def horizon(seed: int, iteration: int, bounds: tuple[int, int]) -> int:
+    r"""The number of inner steps of an iteration: uniform on ``bounds``, both included.
+
+    A pure function of its arguments, so that every method sees the same sequence.
+    """
+    return random.Random(f"horizon {seed} {iteration}").randint(*bounds)
+
+
+@dataclasses.dataclass
+class _Training:
+    r"""What changes while training, and how it goes into a checkpoint and comes out."""
+
+    config: RunConfig
+    task: TaskFamily
+    learner: MetaLearner
+    optimizer: torch.optim.Optimizer
+    losses: list[float]  # one per iteration; NaN where the iteration was skipped
+    seconds: float = 0.0
+
+    @property
+    def skipped(self) -> int:
+        return sum(math.isnan(loss) for loss in self.losses)
+
+    def step(self) -> float:
+        r"""One meta-iteration; returns its loss, or NaN where no parameter was moved."""
+        iteration, config = len(self.losses), self.config
+        batch = self.task.sample("train", iteration, config.tasks_per_batch).to(config.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        factor = decay(iteration, config.iterations)
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * _rate(config, group["name"])
+        try:
+            loss = self.learner.meta_loss(
+                self.task.loss_fn,
+                *batch,
+                steps=horizon(config.seed, iteration, config.horizon),
+            )
+        except NonFiniteLoss:
+            return math.nan
+        loss.backward()
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(params, _CLIP)
+        if not (torch.isfinite(norm) and torch.isfinite(loss)):
+            return math.nan
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def save(self, path: Path) -> None:
+        checkpoint.save(path, {
+            "config": self.config.to_dict(),
+            "iteration": len(self.losses),
+            "learner": self.learner.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "seconds": self.seconds,
+        })
+
+    def restore(self, path: Path) -> None:
+        state = checkpoint.load(path)
+        RunConfig.from_dict(state["config"], path).check_same(
+            {f.name: getattr(self.config, f.name) for f in dataclasses.fields(RunConfig)}, path
+        )
+        checkpoint.restore(path, self.learner, state["learner"], "model")
+        checkpoint.restore(path, self.optimizer, state["optimizer"], "optimizer")
+        self.losses, self.seconds = state["losses"].tolist(), state["seconds"]
+
+
+def open_run(
+    out: str | os.PathLike, given: dict[str, Any], *, resume: bool = False, overwrite: bool = False
+) -> RunConfig:
+    r"""The config to train with in ``out``, before anything is written there.
+
+    Args:
+        out: the run's directory.
+        given: options of :meth:`RunConfig.create`, ``task`` among them unless a run is resumed.
+        resume: go on with the run in ``out``, if there is one.
+        overwrite: replace the run in ``out``, if there is one.
+
+    Raises:
+        InputError: ``out`` holds a run and neither was asked, or an option differs from its own.
+    """
+    out = Path(out)
+    if resume and (out / CONFIG).exists():
+        values = read_json(out / CONFIG, dict)
+        if "methods" in values:
+            raise InputError(f"{out}: holds a comparison; use `mirror-opt compare --resume`")
+        config = RunConfig.from_dict(values, out / CONFIG)
+        config.check_same(given, out)
+        moved = {"data_dir": given["data_dir"]} if "data_dir" in given else {}
+        return dataclasses.replace(config, **moved)
+    if holds_run(out) and not overwrite:
+        raise InputError(
+            f"{out}: holds a run already; pass --resume to go on with it, --overwrite to "
+            "replace it, or another --out"
+        )
+    if "task" not in given:
+        raise InputError("--task: missing; pass sinusoid, glyphs, omniglot or folder")
+    return RunConfig.create(**given)
+
+
+def train(
+    config: RunConfig,
+    out: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    download: bool = False,
+    save_every: float = 30.0,
+) -> list[dict[str, Any]]:
+    r"""Meta-trains as ``config`` says, evaluates on test tasks, and writes all of it to ``out``.
+
+    Goes on from the checkpoint in ``out`` where there is one (see :func:`open_run` for the check
+    that it is the same run). The outer loop is Adam with the meta-gradient's norm cut to 10;
+    an iteration whose meta-gradient is not finite moves nothing and is counted.
+
+    Args:
+        config: what to train.
+        out: the directory for config, checkpoint, history and results.
+        overwrite: remove a run that is there first.
+        download: fetch the data where that is possible.
+        save_every: seconds between checkpoints; there is always one at the end.
+
+    Returns:
+        The result rows, one per adaptation step.
+
+    Raises:
+        InputError: data, options or a checkpoint that cannot be used.
+        OSError: ``out`` cannot be written.
+        KeyboardInterrupt: after Ctrl-C, with the checkpoint saved.
+    """
+    out = Path(out)
+    task, learner = build(config, download=download)
+    groups = learner.param_groups(
+        init_lr=config.init_lr, map_lr=config.map_lr, rate_lr=config.rate_lr
+    )
+    training = _Training(config, task, learner, torch.optim.Adam(groups, betas=_BETAS), [])
+    if (out / CHECKPOINT).exists() and not overwrite:
+        training.restore(out / CHECKPOINT)
+    else:
+        clear(out)  # results without their checkpoint would pass for those of the new run
+        write_json(out / CONFIG, config.to_dict())
+        first = task.sample("train", 0, config.tasks_per_batch).to(config.device)
+        learner.calibrate(task.loss_fn, first.support_x, first.support_y)
+    _loop(training, out / CHECKPOINT, save_every)
+    losses = [None if math.isnan(loss) else loss for loss in training.losses]
+    write_json(out / HISTORY, {"loss": losses, "skipped": training.skipped})
+    if (out / RESULTS).exists():
+        return results.read(out / RESULTS)
+    trace = evaluate(learner, task, config)
+    found = results.rows(config, task.metric, trace, config.iterations, training.seconds)
+    return results.merge(out / RESULTS, found)
+
+
+def _loop(training: _Training, path: Path, save_every: float) -> None:
+    config = training.config
+    if len(training.losses) == config.iterations:
+        return
+    smooth = None
+    with (
+        _interrupts() as interrupted,
+        tqdm(total=config.iterations, initial=len(training.losses), desc=config.label,
+             unit="it", disable=None) as bar,
+    ):
+        tick = saved = time.monotonic()
+        while len(training.losses) < config.iterations:
+            loss = training.step()
+            training.losses.append(loss)
+            now = time.monotonic()
+            training.seconds, tick = training.seconds + now - tick, now
+            if not math.isnan(loss):
+                smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
+                bar.set_postfix_str(f"query loss {smooth:.3f}", refresh=False)
+            bar.update()
+            if interrupted:
+                training.save(path)
+                raise KeyboardInterrupt
+            if now - saved >= save_every:
+                training.save(path)
+                saved = tick = time.monotonic()
+    training.save(path)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    r"""Collects the first Ctrl-C in a list, so that an iteration ends before the run stops.
+
+    A second Ctrl-C acts at once: the checkpoint is then the last one saved.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread may set handlers, and only it is interrupted
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _rate(config: RunConfig, group: str) -> float:
+    return {"init": config.init_lr, "map": config.map_lr, "rate": config.rate_lr}[group]

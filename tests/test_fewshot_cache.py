@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+
+from mirror_opt.errors import InputError
+from mirror_opt.fewshot.cache import atomic_write, cache_dir, cached_array, cached_arrays
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIRROR_OPT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_place(monkeypatch, tmp_path):
+    monkeypatch.delenv("MIRROR_OPT_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / ".cache" / "mirror_opt"
+
+
+@pytest.mark.parametrize("kind", ["array", "arrays"])
+def test_built_once_and_again_when_damaged(cache, kind):
+    built = []
+
+    def build():
+        built.append(1)
+        content = np.arange(100)
+        return content if kind == "array" else {"content": content, "names": np.array(["ä", "b"])}
+
+    def load():
+        found = cached_array("a.npy", build) if kind == "array" else cached_arrays("a.npz", build)
+        np.testing.assert_array_equal(found if kind == "array" else found["content"], range(100))
+
+    load()
+    load()
+    assert len(built) == 1
+    (file,) = cache.iterdir()
+    for damage in (file.read_bytes()[:-200], b"", b"no array"):
+        built.clear()
+        file.unlink()
+        file.write_bytes(damage)
+        load()
+        assert len(built) == 1
+    assert list(cache.iterdir()) == [file]
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail():
+        with atomic_write(path) as file:
+            file.write(b"new, but not all of it")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MIRROR_OPT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="set MIRROR_OPT_CACHE to a folder that can be written"):
+        cached_array("a.npy", lambda: np.zeros(1))

@@ -1,0 +1,261 @@
+import json
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import encode, noise
+from PIL import Image
+
+from mirror_opt.errors import InputError
+from mirror_opt.fewshot import ImageFolder
+
+SMALL = {"ways": 3, "shots": 2, "queries": 3}
+
+
+def same_tasks(one, other):
+    return all(
+        torch.equal(x, y)
+        for split in ("train", "val", "test")
+        for x, y in zip(one.sample(split, 0, 3), other.sample(split, 0, 3), strict=True)
+    )
+
+
+@pytest.fixture
+def folder(image_folder, tmp_path):
+    r"""A copy of the split folders, to be changed."""
+    return shutil.copytree(image_folder, tmp_path / "data")
+
+
+@pytest.fixture
+def flat(image_folder, tmp_path):
+    r"""The same images with all class folders side by side in ``images``."""
+    root = tmp_path / "data"
+    for split in ("train", "val", "test"):
+        shutil.copytree(image_folder / split, root / "images", dirs_exist_ok=True)
+    return root
+
+
+def pack(source, target, prefix=""):
+    with zipfile.ZipFile(target, "w") as archive:
+        for path in sorted(source.rglob("*.*")):
+            archive.write(path, f"{prefix}{path.relative_to(source)}")
+
+
+def test_split_folders(image_folder):
+    family = ImageFolder(**SMALL, data_dir=image_folder)
+    assert family.input_shape == (3, 16, 16)
+    for split in family.splits:
+        assert family.classes(split) == tuple(f"{split}-{label}" for label in range(6))
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_zip_files_of_folders(image_folder, tmp_path, prefix):
+    for split in ("train", "val", "test"):
+        pack(image_folder / split, tmp_path / f"{split}.zip", f"{split}/" if prefix else "")
+    family = ImageFolder(**SMALL, data_dir=tmp_path)
+    assert same_tasks(family, ImageFolder(**SMALL, data_dir=image_folder))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_split_file_of_classes(flat, image_folder, zipped):
+    splits = {s: [f"{s}-{label}" for label in range(6)] for s in ("train", "val", "test")}
+    (flat / "splits.json").write_text(json.dumps(splits))
+    if zipped:
+        pack(flat / "images", flat / "images.zip")
+        shutil.rmtree(flat / "images")
+    family = ImageFolder(**SMALL, data_dir=flat)
+    assert same_tasks(family, ImageFolder(**SMALL, data_dir=image_folder))
+
+
+def write_lists(root, folder):
+    for split in ("train", "val", "test"):
+        rows = [
+            f"{split}-{label}/{image}.png,{split}-{label}"
+            for label in range(6)
+            for image in range(8)
+        ]
+        (root / f"{split}.csv").write_text("filename,label\n" + "\n".join(rows) + "\n")
+
+
+def test_lists_of_images(flat, image_folder):
+    write_lists(flat, "images")
+    family = ImageFolder(**SMALL, data_dir=flat)
+    assert same_tasks(family, ImageFolder(**SMALL, data_dir=image_folder))
+
+
+def test_pixels_are_those_of_the_files(tmp_path):
+    rng = np.random.default_rng(1)
+    pictures = {}
+    for split in ("train", "test"):
+        for label in "abc":
+            (tmp_path / split / f"{split}{label}").mkdir(parents=True)
+            for image in range(2):
+                pixels = rng.integers(0, 256, size=(16, 16, 3), dtype=np.uint8)
+                pictures[pixels.tobytes()] = f"{split}{label}"
+                file = tmp_path / split / f"{split}{label}" / f"{image}.png"
+                file.write_bytes(encode(pixels))
+    family = ImageFolder(ways=3, shots=1, queries=1, data_dir=tmp_path)
+    assert family.splits == ("train", "test")
+    for split in family.splits:
+        s_x, _, q_x, _ = family.sample(split, 0, 1)
+        for s, q in zip(s_x[0], q_x[0], strict=True):
+            found = [
+                pictures.pop((x * 255).round().byte().permute(1, 2, 0).numpy().tobytes())
+                for x in (s, q)
+            ]
+            assert found[0] == found[1]
+            assert found[0].startswith(split)
+    assert not pictures
+
+
+def test_image_size_and_grey(folder):
+    assert ImageFolder(**SMALL, data_dir=folder, image_size=20).input_shape == (3, 20, 20)
+    (folder / "train" / "train-0" / "0.png").write_bytes(noise(np.random.default_rng(0), 90, 200))
+    family = ImageFolder(**SMALL, data_dir=folder)
+    assert family.input_shape == (1, 84, 84)
+    assert family.sample("test", 0, 1).query_x.shape == (1, 9, 1, 84, 84)
+
+
+def test_other_files_are_passed_over(folder, image_folder):
+    (folder / "train" / "train-0" / "notes.txt").write_text("no image")
+    (folder / "train" / "train-0" / ".hidden.png").write_text("no image")
+    (folder / "readme.png").write_bytes(b"in no class")
+    family = ImageFolder(**SMALL, data_dir=folder)
+    assert same_tasks(family, ImageFolder(**SMALL, data_dir=image_folder))
+
+
+def test_a_changed_image_is_read_again(folder):
+    before = ImageFolder(**SMALL, data_dir=folder)
+    for path in folder.glob("test/*/*.png"):
+        path.write_bytes(encode(np.zeros((16, 16, 3), dtype=np.uint8)))
+    after = ImageFolder(**SMALL, data_dir=folder)
+    assert before.sample("test", 0, 1).query_x.max() > 0
+    assert after.sample("test", 0, 1).query_x.max() == 0
+
+
+def test_absent_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("MIRROR_OPT_DATA", raising=False)
+    with pytest.raises(InputError, match=r"pass it as data_dir \(--data-dir\) or MIRROR_OPT_DATA"):
+        ImageFolder()
+    with pytest.raises(InputError, match="none is no folder: pass one"):
+        ImageFolder(data_dir=tmp_path / "none")
+
+
+def test_missing_split(folder):
+    shutil.rmtree(folder / "val")
+    family = ImageFolder(**SMALL, data_dir=folder)
+    with pytest.raises(InputError, match="no split 'val' in folder: choose from train, test"):
+        family.sample("val", 0, 1)
+    shutil.rmtree(folder / "test")
+    with pytest.raises(InputError, match=r"no split 'test' in .* test.zip, .* it holds train"):
+        ImageFolder(**SMALL, data_dir=folder)
+
+
+def test_a_class_in_two_splits(folder):
+    shutil.copytree(folder / "train" / "train-3", folder / "test" / "train-3")
+    with pytest.raises(InputError, match=r"class 'train-3' .* is in both train and test"):
+        ImageFolder(**SMALL, data_dir=folder)
+
+
+def test_a_class_with_too_few_images(folder):
+    for image in range(5):
+        (folder / "val" / "val-2" / f"{image}.png").unlink()
+    message = (
+        "class 'val-2' in split 'val' of folder has 3 images, but 2 shots and 3 queries need 5"
+    )
+    with pytest.raises(InputError, match=message):
+        ImageFolder(**SMALL, data_dir=folder)
+
+
+def test_more_ways_than_classes(folder):
+    shutil.rmtree(folder / "val" / "val-0")
+    with pytest.raises(InputError, match="ways is 6, but split 'val' of folder has 5 classes"):
+        ImageFolder(ways=6, shots=1, queries=1, data_dir=folder)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "text"])
+@pytest.mark.parametrize("label", ["train-0", "train-4"])
+def test_an_unreadable_image_is_named(folder, damage, label):
+    path = folder / "train" / label / "0.png"
+    data = path.read_bytes()
+    path.write_bytes({"empty": b"", "cut": data[: len(data) // 2], "text": b"no image"}[damage])
+    with pytest.raises(InputError, match=f"cannot read the image {path}: .*; mend it") as caught:
+        ImageFolder(**SMALL, data_dir=folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unreadable_image_in_a_zip_file_is_named(folder):
+    (folder / "test" / "test-1" / "7.png").write_bytes(b"no image")
+    pack(folder / "test", folder / "test.zip")
+    shutil.rmtree(folder / "test")
+    with pytest.raises(InputError, match=r"cannot read the image test-1/7.png in .*test.zip: no"):
+        ImageFolder(**SMALL, data_dir=folder)
+
+
+def test_a_damaged_zip_file(folder):
+    (folder / "val.zip").write_bytes(b"no archive")
+    with pytest.raises(InputError, match=r"cannot read the zip file .*val.zip"):
+        ImageFolder(**SMALL, data_dir=folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot read .*splits.json"),
+        ("[]", "write a JSON object with a list of classes for each of train, val, test"),
+        ('{"train": ["train-0", "cat"]}', "names class 'cat', but there is no image in"),
+        ('{"train": ["train-0"]}', "no split 'test'"),
+    ],
+)
+def test_bad_split_file(flat, text, message):
+    (flat / "splits.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        ImageFolder(**SMALL, data_dir=flat)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name,class\na,b\n", "train.csv, line 2: no filename or no label"),
+        ("filename,label\ntrain-0/0.png\n", "train.csv, line 2: no filename or no label"),
+        ("filename,label\nnone.png,a\n", "train.csv, line 2: no image 'none.png'"),
+        (
+            "filename,label\ntrain-0/0.png,a\ntrain-0/0.png,b\n",
+            "train.csv, line 3: 'train-0/0.png' is listed twice",
+        ),
+        ("filename,label\ntest-0/0.png,a\n", "test.csv, line 2: 'test-0/0.png' is listed twice"),
+    ],
+)
+def test_bad_lists(flat, text, message):
+    write_lists(flat, "images")
+    (flat / "train.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        ImageFolder(**SMALL, data_dir=flat)
+
+
+@pytest.mark.parametrize("size", [0, -3, 2.5])
+def test_bad_image_size(image_folder, size):
+    with pytest.raises(InputError, match=f"image_size is {size}"):
+        ImageFolder(**SMALL, data_dir=image_folder, image_size=size)
+
+
+@pytest.mark.data
+def test_the_real_cifar_fs(data_root):
+    family = ImageFolder(data_dir=data_root / "cifar-fs", shots=5)
+    assert {s: len(family.classes(s)) for s in family.splits} == {
+        "train": 64,
+        "val": 16,
+        "test": 20,
+    }
+    assert family.input_shape == (3, 32, 32)
+    assert {len(m) for s in family._sets.values() for m in s.members} == {600}
+    # The pixels are those of the file, not resized.
+    chosen = family._sets["val"]
+    with zipfile.ZipFile(data_root / "cifar-fs" / "val.zip") as archive:
+        name = sorted(archive.namelist())[0]
+        with archive.open(name) as file:
+            pixels = np.asarray(Image.open(file).convert("RGB"))
+    assert name.split("/")[1] == chosen.names[0]
+    assert np.array_equal(chosen.images[0].transpose(1, 2, 0), pixels)

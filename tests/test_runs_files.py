@@ -1,0 +1,145 @@
+"""A run's files: whole or not at all, and refused with their name when they are not what they say."""
+
+import errno
+import json
+import os
+import zipfile
+
+import pytest
+import torch
+
+from mirror_opt.errors import InputError
+from mirror_opt.runs import checkpoint, directory
+
+STATE = {
+    "config": {"task": "sinusoid"},
+    "iteration": 2,
+    "learner": {"weight": torch.arange(6.0).view(2, 3)},
+    "optimizer": {"state": {0: {"step": torch.tensor(2.0)}}, "param_groups": [{"lr": 0.1}]},
+    "losses": torch.tensor([2.0, 1.0], dtype=torch.float64),
+    "seconds": 0.5,
+}
+
+
+@pytest.fixture
+def path(tmp_path):
+    checkpoint.save(tmp_path / "checkpoint.pt", STATE)
+    return tmp_path / "checkpoint.pt"
+
+
+def test_checkpoint_round_trip(path):
+    state = checkpoint.load(path)
+    assert state["version"] == checkpoint.VERSION
+    assert state["iteration"] == 2
+    assert torch.equal(state["learner"]["weight"], STATE["learner"]["weight"])
+    assert torch.equal(state["losses"], STATE["losses"])
+    assert state["optimizer"]["param_groups"] == [{"lr": 0.1}]
+
+
+def refused(path, match):
+    with pytest.raises(InputError, match=match) as caught:
+        checkpoint.load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99])
+def test_truncated_checkpoint(path, keep):
+    data = path.read_bytes()
+    path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
+    refused(path, "damaged")
+
+
+def test_one_flipped_bit_in_a_tensor(path):
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        # 24 bytes of float32: the weight of STATE.
+        entry = next(info for info in archive.infolist() if info.file_size == 24)
+    header = entry.header_offset
+    start = header + 30 + sum(
+        int.from_bytes(data[header + at : header + at + 2], "little") for at in (26, 28)
+    )
+    assert bytes(data[start : start + 24]) == STATE["learner"]["weight"].numpy().tobytes()
+    data[start + 7] ^= 1
+    path.write_bytes(data)
+    refused(path, "damaged")
+
+
+def test_checkpoint_that_would_run_code(path):
+    torch.save({"format": "mirror_opt.run", "version": 1, "run": os.system}, path)
+    refused(path, "damaged")
+
+
+def test_checkpoint_of_another_version(path):
+    torch.save({"format": "mirror_opt.run", "version": 99, **STATE}, path)
+    refused(path, "version 99")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2],
+        {"weight": torch.zeros(2)},
+        {"format": "mirror_opt.run", "version": 1, **STATE, "losses": None},
+        {"format": "mirror_opt.run", "version": 1, "config": {}},
+    ],
+)
+def test_file_of_something_else(path, content):
+    torch.save(content, path)
+    refused(path, "damaged, or no checkpoint")
+
+
+def test_absent_checkpoint(tmp_path):
+    refused(tmp_path / "checkpoint.pt", "no checkpoint there")
+
+
+def test_state_of_another_model():
+    with pytest.raises(InputError, match="a.pt: a checkpoint of another model") as caught:
+        checkpoint.restore("a.pt", torch.nn.Linear(2, 3), {"weight": torch.zeros(4, 4)}, "model")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fails", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, fails):
+    target = tmp_path / "results.json"
+    directory.write_json(target, ["old"])
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, fails, full)
+        with pytest.raises(OSError, match="No space") as caught:
+            directory.write_json(target, ["new"])
+    assert caught.value.filename == str(target)
+    assert json.loads(target.read_text()) == ["old"]
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_a_leftover_of_a_killed_write_is_replaced(tmp_path):
+    (tmp_path / ".a.json.tmp").write_text('["ha')
+    directory.write_json(tmp_path / "a.json", [1, {"b": None}])
+    assert os.listdir(tmp_path) == ["a.json"]
+    assert directory.read_json(tmp_path / "a.json", list) == [1, {"b": None}]
+
+
+def test_json_is_strict(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        directory.write_json(tmp_path / "a.json", [float("nan")])
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2", "{}", "nonsense"])
+def test_bad_json_names_the_file(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match=r"a\.json"):
+        directory.read_json(tmp_path / "a.json", list)
+
+
+def test_clear_removes_a_runs_files_and_nothing_else(tmp_path):
+    for name in ("config.json", "checkpoint.pt", "notes.txt", "map.png"):
+        (tmp_path / name).write_text("x")
+    assert directory.holds_run(tmp_path)
+    directory.clear(tmp_path)
+    assert os.listdir(tmp_path) == ["notes.txt"]
+    assert not directory.holds_run(tmp_path)
