@@ -1,0 +1,11 @@
+"""Mirror descent with classical and learned mirror maps, and meta-learning of those maps."""
+
+from importlib.metadata import version
+
+from mirror_opt import maps, meta
+from mirror_opt.errors import InputError
+from mirror_opt.optim import MirrorDescent
+
+__all__ = ["InputError", "MirrorDescent", "__version__", "maps", "meta"]
+
+__version__ = version("mirror_opt")

@@ -8,12 +8,12 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-import mirror_opt
 from mirror_opt import fewshot, maps, meta
 from mirror_opt.errors import InputError
 from mirror_opt.fewshot.cache import cache_dir
@@ -118,7 +118,8 @@ def _maps(arguments: argparse.Namespace) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    data = os.environ.get("MIRROR_OPT_DATA")
+    data = os.environ.get("MIRROR_OPT_DATA", "none (pass --data-dir, or set MIRROR_OPT_DATA)")
+    absent = "MIRROR_OPT_DATA" in os.environ and not Path(data).is_dir()
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     found = results.versions("cpu")
     facts = {
@@ -130,7 +131,7 @@ def _info(arguments: argparse.Namespace) -> None:
         "tasks": ", ".join(fewshot.TASKS),
         "methods": ", ".join(meta.METHODS),
         "maps": ", ".join(maps.REGISTRY),
-        "data": data or "none (pass --data-dir, or set MIRROR_OPT_DATA)",
+        "data": f"{data} (absent)" if absent else data,
         "cache": cache_dir(),
     }
     width = max(map(len, facts))
@@ -160,9 +161,7 @@ def _out(arguments: argparse.Namespace) -> Path:
     if "out" in arguments:
         return Path(arguments.out)
     name = getattr(arguments, "method", "mirror") if arguments.command == "train" else "compare"
-    if "task" not in arguments:
-        raise InputError("--task: missing; pass sinusoid, glyphs, omniglot or folder")
-    return Path("runs") / f"{arguments.task}-{name}"
+    return Path("runs") / f"{getattr(arguments, 'task', 'unnamed')}-{name}"
 
 
 # The options. None has a default here: what was not given is told apart, so that a resumed run
@@ -175,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Meta-learn mirror maps on few-shot tasks, and compare them.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=mirror_opt.__version__)
+    parser.add_argument("--version", action="version", version=version("mirror_opt"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, function: Callable, help: str) -> argparse.ArgumentParser:

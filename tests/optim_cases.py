@@ -5,9 +5,7 @@ from torch import Tensor
 
 from mirror_opt import maps
 
-CASES = [
-    (name, options) for name, cls in maps.REGISTRY.items() for options in cls.variants
-]
+CASES = [(name, options) for name, cls in maps.REGISTRY.items() for options in cls.variants]
 IDS = [f"{name}-{options}" for name, options in CASES]
 
 

@@ -1,4 +1,4 @@
-"""A run's files: whole or not at all, and refused with their name when they are not what they say."""
+"""A run's files: written whole or not at all; refused, with their name, when they are damaged."""
 
 import errno
 import json
@@ -94,7 +94,7 @@ def test_absent_checkpoint(tmp_path):
 
 
 def test_state_of_another_model():
-    with pytest.raises(InputError, match="a.pt: a checkpoint of another model") as caught:
+    with pytest.raises(InputError, match=r"a\.pt: a checkpoint of another model") as caught:
         checkpoint.restore("a.pt", torch.nn.Linear(2, 3), {"weight": torch.zeros(4, 4)}, "model")
     assert "\n" not in str(caught.value)
 
@@ -139,7 +139,8 @@ def test_bad_json_names_the_file(tmp_path, text):
 def test_clear_removes_a_runs_files_and_nothing_else(tmp_path):
     for name in ("config.json", "checkpoint.pt", "notes.txt", "map.png"):
         (tmp_path / name).write_text("x")
-    assert directory.holds_run(tmp_path)
+    with pytest.raises(InputError, match="holds a run already; pass --resume"):
+        directory.check_free(tmp_path)
     directory.clear(tmp_path)
     assert os.listdir(tmp_path) == ["notes.txt"]
-    assert not directory.holds_run(tmp_path)
+    directory.check_free(tmp_path)

@@ -225,6 +225,7 @@ class NegativeEntropy(MirrorMap):
             for positive entries.
     """
 
+    domain = "simplex"
     variants: ClassVar = ({}, {"simplex": False})
 
     def __init__(self, simplex: bool = True):

@@ -149,10 +149,11 @@ class KroneckerNeural(NeuralMap):
 
     variants: ClassVar = (
         {},
-        {"terms": 1, "eps": 0.0},
-        {"terms": 1, "eps": 0.0, "parametrization": "primal"},
+        {"terms": 3},
+        {"eps": 0.0},
+        {"eps": 0.0, "parametrization": "primal"},
         {"terms": 2, "parametrization": "primal"},
-        {"terms": 1, "eps": 0.1, "units": 0},
+        {"eps": 0.1, "units": 0},
     )
 
     def __init__(
@@ -160,7 +161,7 @@ class KroneckerNeural(NeuralMap):
         params: Sequence[Tensor],
         *,
         units: int = 4,
-        terms: int = 4,
+        terms: int = 1,
         eps: float = 0.02,
         parametrization: str = "dual",
         rho: float = 0.9,

@@ -104,10 +104,16 @@ def mean_loss(
         ok = torch.isfinite(query) & torch.isfinite(support).all(-1)
         return ok if skip else torch.ones_like(ok)
 
-    if engine == "loop" or not torch.is_grad_enabled():
+    if engine == "loop":
+        runs = [function(inner, *task) for task in zip(*tasks, strict=True)]
+        # A task that is left out must not be reached by backward at all: zero times its infinite
+        # derivatives would be NaN.
+        kept = [query for query, support in runs if finite(query, support)]
+        query, support = (torch.stack(x).detach() for x in zip(*runs, strict=True))
+        return torch.stack(kept).mean() if kept else query.mean(), query, support
+    if not torch.is_grad_enabled():
         query, support = map_tasks(engine, function, inner, tasks)
-        chosen = query[finite(query, support)]
-        return chosen.mean(), query.detach(), support.detach()
+        return query[finite(query, support)].mean(), query, support
 
     # All that a run depends on, as a flat list: tensors to differentiate, the rest to pass along.
     leaves, spec = pytree.tree_flatten((inner.init, inner.frozen, inner.coefficients, inner.rates))

@@ -167,9 +167,12 @@ class MirrorDescent(Optimizer):
         policy = self._nonfinite_policy()
         try:
             plans = [self._plan(group) for group in self.param_groups]
-        except NewtonError:
+        except NewtonError as error:
             if policy == "skip":
                 return
+            cause = _nonfinite_gradient(self.param_groups) if policy == "raise" else None
+            if cause is not None:
+                raise FloatingPointError(cause) from error
             raise
         plans = [plan for plan in plans if plan is not None]
         keep = None
@@ -180,7 +183,8 @@ class MirrorDescent(Optimizer):
                 if not keep:
                     if policy == "skip":
                         return
-                    raise FloatingPointError(_diagnosis(plans))
+                    cause = _nonfinite_gradient(self.param_groups)
+                    raise FloatingPointError(cause or _nonfinite_result(plans))
                 keep = None
         for plan in plans:
             self._commit(plan, keep)
@@ -233,9 +237,7 @@ class MirrorDescent(Optimizer):
             if not anchored:
                 dual_inits.extend(self.state[p]["dual_init"] for p in params)
 
-    def _init_dual(
-        self, group: Group, params: Tensors, anchors: Tensors, slots: list[int]
-    ) -> None:
+    def _init_dual(self, group: Group, params: Tensors, anchors: Tensors, slots: list[int]) -> None:
         missing = [i for i, p in enumerate(params) if "dual" not in self.state[p]]
         if not missing:
             return
@@ -340,17 +342,22 @@ class MirrorDescent(Optimizer):
             handle.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "defaults" not in state:  # from load_state_dict, not from a pickle or a deep copy
-            adopt(self.param_groups, state["param_groups"], state["state"])
-        super().__setstate__(state)
-        for group in self.param_groups:
+        # Called by pickle and deep copies with everything, by load_state_dict without defaults.
+        loading = "defaults" not in state
+        defaults = self.defaults if loading else state["defaults"]
+        defaults.setdefault("differentiable", False)
+        defaults.setdefault("nonfinite", None)
+        for group in state["param_groups"]:
             group.setdefault("nesterov", False)
             group.setdefault("maximize", False)
             group.setdefault("dual_state", None)
             group.setdefault("anchor", "auto")
             group.setdefault("foreach", None)
             for name in RUN_OPTIONS:
-                group[name] = self.defaults.setdefault(name, None)
+                group[name] = defaults[name]
+        if loading:
+            adopt(self.param_groups, state["param_groups"], state["state"])
+        super().__setstate__(state)
 
 
 @dataclass(frozen=True)
@@ -371,22 +378,25 @@ class _Plan:
         return [*self.new.params, *([*self.new.buffers, *self.new.duals] or self.grads)]
 
 
-def _diagnosis(plans: list[_Plan]) -> str:
-    """Which parameter a step was not finite for, and why."""
+_ADVICE = "nothing was changed: lower lr, clip the gradients, or pass nonfinite='skip'"
+
+
+def _nonfinite_gradient(groups: list[Group]) -> str | None:
+    """Names the first gradient that is not finite."""
+    for group in groups:
+        for slot, p in enumerate(group["params"]):
+            if p.grad is not None and p.numel() > 0 and not all_finite([p.grad]):
+                return f"the gradient of {parameter_name(group, slot)} holds NaN or Inf; {_ADVICE}"
+    return None
+
+
+def _nonfinite_result(plans: list[_Plan]) -> str:
+    """Says where finite gradients led to a value that is not finite."""
     for plan in plans:
-        lists = zip(plan.slots, plan.grads, plan.old.params, plan.new.params, strict=True)
-        for slot, grad, old, new in lists:
+        for slot, old, new in zip(plan.slots, plan.old.params, plan.new.params, strict=True):
             name = parameter_name(plan.group, slot)
-            if not all_finite([grad]):
-                cause = f"the gradient of {name} holds NaN or Inf"
-            elif not all_finite([old]):
-                cause = f"{name} holds NaN or Inf already"
-            elif not all_finite([new]):
-                cause = f"the step of {name} leaves the range of {new.dtype}"
-            else:
-                continue
-            return (
-                f"{cause}; nothing was changed: lower lr, clip the gradients, or pass "
-                "nonfinite='skip'"
-            )
-    return "the momentum or the dual state overflows; nothing was changed: lower lr"
+            if not all_finite([old]):
+                return f"{name} holds NaN or Inf already; {_ADVICE}"
+            if not all_finite([new]):
+                return f"the step of {name} leaves the range of {new.dtype}; {_ADVICE}"
+    return f"the momentum or the dual state overflows; {_ADVICE}"

@@ -8,7 +8,7 @@ from mirror_opt import meta
 from mirror_opt.errors import InputError
 from mirror_opt.runs import results
 from mirror_opt.runs.config import RunConfig, build
-from mirror_opt.runs.directory import CONFIG, RESULTS, clear, holds_run, read_json, write_json
+from mirror_opt.runs.directory import CONFIG, RESULTS, check_free, clear, read_json, write_json
 from mirror_opt.runs.train import train
 
 __all__ = ["METHODS", "compare", "open_comparison"]
@@ -55,13 +55,9 @@ def open_comparison(
             config.check_same(_for(config.method, given), out)
         return configs
     methods = METHODS if methods is None else methods
-    if any(map(holds_run, (out, *(out / name for name in methods)))) and not overwrite:
-        raise InputError(
-            f"{out}: holds a run already; pass --resume to go on with it, --overwrite to "
-            "replace it, or another --out"
-        )
-    if "task" not in given:
-        raise InputError("--task: missing; pass sinusoid, glyphs, omniglot or folder")
+    if not overwrite:
+        for directory in (out, *(out / name for name in methods)):
+            check_free(directory)
     if not methods or len(set(methods)) != len(methods):
         raise InputError(f"--methods {','.join(methods)}: pass one or more names, each once")
     if "mirror" not in methods and any(name in given for name in _MIRROR_ONLY):

@@ -77,20 +77,22 @@ class RunConfig:
     task_options: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def create(cls, task: str, method: str = "mirror", **given: Any) -> "RunConfig":
+    def create(cls, task: str = "", method: str = "mirror", **given: Any) -> "RunConfig":
         r"""The config of ``method`` on ``task``: what is given, and defaults for the rest.
 
         Text is read as on the command line: ``train_steps="1-5"``, ``adapt_steps="0,1,5"``,
         ``map_options="terms=4,units=4"``.
 
         Raises:
-            InputError: an unknown name, or a value that cannot be.
+            InputError: no task, an unknown name, or a value that cannot be.
 
         Example:
             >>> config = RunConfig.create("sinusoid", "maml", train_steps="1-5")
             >>> config.train_steps, config.shots, config.adapt_steps
             ('1-5', 10, (0, 1, 2, 3, 5, 10))
         """
+        if not task:
+            raise InputError(f"--task: missing; choose from {', '.join(fewshot.TASKS)}")
         _choice("task", task, fewshot.TASKS)
         _choice("method", method, meta.METHODS)
         defaults = dict(_SINUSOID if task == "sinusoid" else _IMAGES)

@@ -19,8 +19,8 @@ __all__ = [
     "HISTORY",
     "PLOTS",
     "RESULTS",
+    "check_free",
     "clear",
-    "holds_run",
     "read_json",
     "write_bytes",
     "write_json",
@@ -88,9 +88,13 @@ def read_json(path: str | os.PathLike, kind: type) -> Any:
     return value
 
 
-def holds_run(out: str | os.PathLike) -> bool:
-    r"""Whether ``out`` holds a run's config, checkpoint or results."""
-    return any((Path(out) / name).exists() for name in (CONFIG, CHECKPOINT, RESULTS))
+def check_free(out: str | os.PathLike) -> None:
+    r"""Raises InputError if ``out`` holds a run's config, checkpoint or results."""
+    if any((Path(out) / name).exists() for name in (CONFIG, CHECKPOINT, RESULTS)):
+        raise InputError(
+            f"{out}: holds a run already; pass --resume to go on with it, --overwrite to "
+            "replace it, or another --out"
+        )
 
 
 def clear(out: str | os.PathLike) -> None:

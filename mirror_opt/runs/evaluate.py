@@ -14,7 +14,7 @@ from mirror_opt.meta import MetaLearner
 from mirror_opt.runs import checkpoint, results
 from mirror_opt.runs.config import GUARDS, RunConfig, build
 from mirror_opt.runs.directory import CHECKPOINT, CONFIG, RESULTS, read_json
-from mirror_opt.runs.options import option, shown
+from mirror_opt.runs.options import option
 
 __all__ = ["OVERRIDES", "evaluate", "evaluate_run", "load_run", "method_dirs"]
 
@@ -77,13 +77,14 @@ def load_run(
     stored = RunConfig.from_dict(state["config"], path)
     given = dict(given or {})
     for name in given:
-        if name not in OVERRIDES and given[name] != getattr(stored, name):
+        if name not in OVERRIDES:
             raise InputError(
-                f"{option(name)} {shown(given[name])}: the run in {out} was trained with "
-                f"{shown(getattr(stored, name))}; drop {option(name)}, or train with it"
+                f"{option(name)}: part of how the run in {out} was trained; drop it, or train anew"
             )
     values = {f.name: getattr(stored, f.name) for f in dataclasses.fields(stored)}
     values["device"] = "auto"  # a run may be evaluated where its own device is not
+    if given.get("task", stored.task) != stored.task:
+        values |= {"data_dir": None, "task_options": {}}
     config = RunConfig.create(**values | given)
     task, learner = build(config)
     checkpoint.restore(path, learner, state["learner"], "model")

@@ -4,12 +4,12 @@ import datetime
 import math
 import platform
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import mirror_opt
 from mirror_opt.errors import InputError
 from mirror_opt.runs.config import RunConfig
 from mirror_opt.runs.directory import read_json, write_json
@@ -33,7 +33,7 @@ def versions(device: str) -> dict[str, str]:
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
-        "mirror_opt": mirror_opt.__version__,
+        "mirror_opt": version("mirror_opt"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": name,

@@ -32,8 +32,8 @@ from mirror_opt.runs.directory import (
     CONFIG,
     HISTORY,
     RESULTS,
+    check_free,
     clear,
-    holds_run,
     read_json,
     write_json,
 )
@@ -149,13 +149,8 @@ def open_run(
         config.check_same(given, out)
         moved = {"data_dir": given["data_dir"]} if "data_dir" in given else {}
         return dataclasses.replace(config, **moved)
-    if holds_run(out) and not overwrite:
-        raise InputError(
-            f"{out}: holds a run already; pass --resume to go on with it, --overwrite to "
-            "replace it, or another --out"
-        )
-    if "task" not in given:
-        raise InputError("--task: missing; pass sinusoid, glyphs, omniglot or folder")
+    if not overwrite:
+        check_free(out)
     return RunConfig.create(**given)
 
 
@@ -166,6 +161,7 @@ def train(
     overwrite: bool = False,
     download: bool = False,
     save_every: float = 30.0,
+    split: str = "test",
 ) -> list[dict[str, Any]]:
     r"""Meta-trains as ``config`` says, evaluates on test tasks, and writes all of it to ``out``.
 
@@ -179,6 +175,7 @@ def train(
         overwrite: remove a run that is there first.
         download: fetch the data where that is possible.
         save_every: seconds between checkpoints; there is always one at the end.
+        split: what to evaluate on: ``"test"``, or ``"val"`` to choose between settings.
 
     Returns:
         The result rows, one per adaptation step.
@@ -206,7 +203,7 @@ def train(
     write_json(out / HISTORY, {"loss": losses, "skipped": training.skipped})
     if (out / RESULTS).exists():
         return results.read(out / RESULTS)
-    trace = evaluate(learner, task, config)
+    trace = evaluate(learner, task, config, split=split)
     found = results.rows(config, task.metric, trace, config.iterations, training.seconds)
     return results.merge(out / RESULTS, found)
 

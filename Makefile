@@ -1,0 +1,35 @@
+# Everything runs in an environment of its own, made once from pinned dependencies.
+VENV   ?= .venv
+PYTHON ?= python3
+BIN     = $(VENV)/bin
+
+.PHONY: all install test lint demo bench clean
+
+all: test
+
+# torch is asked for by its exact version on a line of its own: any looser requirement would pull a
+# build for GPUs of several gigabytes where a CPU build is at hand.
+$(BIN)/.installed: constraints.txt pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install --quiet $$(grep '^[a-z]' constraints.txt)
+	touch $@
+
+install: $(BIN)/.installed
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
+
+lint: install
+	$(BIN)/ruff check .
+
+test: lint
+	$(BIN)/python -m pytest
+
+# About five minutes on two cores; pictures, table and rows in runs/demo/.
+demo: install
+	$(BIN)/mirror-opt compare --task glyphs --methods maml,meta-curvature,mirror \
+	    --iterations 150 --test-tasks 200 --queries 5 --adapt-steps 0,1,2,3,5,10 \
+	    --out runs/demo --overwrite
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs/demo

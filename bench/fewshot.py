@@ -1,0 +1,175 @@
+"""Few-shot studies: search the meta learning rates on validation tasks, then train over seeds.
+
+    python bench/fewshot.py STUDY search     # every method, the same grid, one seed, val tasks
+    python bench/fewshot.py STUDY final      # every method at its best rates, all seeds, test tasks
+
+Rows go to bench/results/fewshot-STUDY.json, each with its stage, variant and rates; what is there
+already is not run again, so a study can be interrupted and gone on with. ``--only`` restricts to
+some variants and ``--worker i/n`` to a share of the runs. `bench/report.py` draws tables and
+pictures from the rows.
+"""
+
+import argparse
+import itertools
+import math
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from results import add_rows, read_rows
+
+from mirror_opt.runs.config import RunConfig
+from mirror_opt.runs.train import train
+
+SEARCH_SEED = 100  # none of the final ones
+
+
+@dataclass(frozen=True)
+class Study:
+    """One table: the setting, and the grid on which every variant's rates are searched."""
+
+    setting: dict[str, Any]
+    init_lrs: tuple[float, ...]
+    map_lrs: tuple[float, ...]
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    search: dict[str, Any] = field(default_factory=dict)  # what differs while searching
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "maml": {"method": "maml"},
+    "meta-sgd": {"method": "meta-sgd"},
+    "meta-curvature": {"method": "meta-curvature"},
+    "mirror": {"method": "mirror"},
+    "mirror, psi linear": {"method": "mirror", "map_options": {"units": 0}},
+}
+
+_OMNIGLOT = {
+    "task": "omniglot", "ways": 5, "shots": 1, "queries": 5, "filters": 32, "lr": 0.1,
+    "tasks_per_batch": 4, "test_tasks": 600, "adapt_steps": (0, 1, 2, 3, 5, 10),
+}
+_VALIDATION = {
+    "test_tasks": 200, "adapt_steps": (1, 5), "task_options": {"validation": 100},
+}
+STUDIES = {
+    "sinusoid": Study(
+        {"task": "sinusoid", "shots": 10, "queries": 10, "lr": 0.01, "tasks_per_batch": 25,
+         "iterations": 3000, "train_steps": 5, "test_tasks": 500,
+         "adapt_steps": (0, 1, 2, 3, 5, 10)},
+        init_lrs=(1e-3, 3e-3),
+        map_lrs=(1e-3, 3e-3, 1e-2),
+    ),
+    "omniglot-1": Study(
+        {**_OMNIGLOT, "iterations": 250, "train_steps": 1},
+        init_lrs=(3e-3, 1e-2),
+        map_lrs=(3e-3, 1e-2, 3e-2),
+        search=_VALIDATION,
+    ),
+    "omniglot-5": Study(
+        {**_OMNIGLOT, "iterations": 300, "train_steps": 5},
+        init_lrs=(3e-3, 1e-2),
+        map_lrs=(3e-3, 1e-2, 3e-2),
+        search=_VALIDATION,
+    ),
+    "glyphs-1": Study(
+        {**_OMNIGLOT, "task": "glyphs", "iterations": 250, "train_steps": 1},
+        init_lrs=(3e-3,),
+        map_lrs=(3e-3, 1e-2, 3e-2),
+        search={"test_tasks": 200, "adapt_steps": (1, 5)},
+    ),
+    "cifar-fs-1": Study(
+        {**_OMNIGLOT, "task": "folder", "iterations": 1000, "train_steps": 1},
+        init_lrs=(1e-3, 3e-3),
+        map_lrs=(3e-3, 1e-2),
+        seeds=(0, 1, 2),
+        search={"test_tasks": 200, "adapt_steps": (1, 5), "iterations": 500},
+    ),
+}
+
+
+def runs(name: str, stage: str, only: list[str] | None) -> list[tuple[str, RunConfig]]:
+    """(variant, config) of every run of a stage."""
+    study = STUDIES[name]
+    setting = {**study.setting, "threads": 1}
+    if stage == "search":
+        setting |= study.search | {"seed": SEARCH_SEED}
+    found = []
+    for variant, options in VARIANTS.items():
+        if only and variant not in only:
+            continue
+        if stage == "search":
+            # Without parameters of a map there is one rate to search.
+            map_lrs = study.map_lrs if variant != "maml" else study.map_lrs[:1]
+            grid = itertools.product(study.init_lrs, map_lrs)
+            choices = [{"init_lr": i, "map_lr": m} for i, m in grid]
+        else:
+            rates = best_rates(name, variant)
+            choices = [{**rates, "seed": seed} for seed in study.seeds]
+        for choice in choices:
+            found.append((variant, RunConfig.create(**{**setting, **options, **choice})))
+    return found
+
+
+def best_rates(name: str, variant: str) -> dict[str, float]:
+    """The searched rates with the best validation metric after the trained number of steps."""
+    steps = STUDIES[name].setting["train_steps"]
+    rows = [
+        r for r in read_rows(f"fewshot-{name}")
+        if r["stage"] == "search" and r["variant"] == variant and r["adapt_steps"] == steps
+    ]
+    if not rows:
+        raise SystemExit(f"{name}: search {variant!r} first")
+    sign = 1 if rows[0]["metric"] == "mse" else -1
+    best = min(rows, key=lambda r: math.inf if r["mean"] is None else sign * r["mean"])
+    return {"init_lr": best["init_lr"], "map_lr": best["map_lr"]}
+
+
+def revision() -> str:
+    """The git revision that ran, with a mark when the tree had changes."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def key(variant: str, stage: str, config: RunConfig) -> tuple:
+    return (stage, variant, config.init_lr, config.map_lr, config.seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("stage", choices=("search", "final"))
+    parser.add_argument("--only", action="append", choices=VARIANTS)
+    parser.add_argument("--data-dir")
+    parser.add_argument("--worker", default="0/1", help="i/n: every n-th run, from the i-th")
+    arguments = parser.parse_args()
+    file = f"fewshot-{arguments.study}"
+    worker, workers = (int(x) for x in arguments.worker.split("/"))
+    split = "val" if arguments.stage == "search" else "test"
+    for i, (variant, config) in enumerate(
+        runs(arguments.study, arguments.stage, arguments.only)
+    ):
+        done = {
+            (r["stage"], r["variant"], r["init_lr"], r["map_lr"], r["seed"])
+            for r in read_rows(file)
+        }
+        if i % workers != worker or key(variant, arguments.stage, config) in done:
+            continue
+        if arguments.data_dir:
+            config = RunConfig(**{**vars(config), "data_dir": arguments.data_dir})
+        with tempfile.TemporaryDirectory() as out:
+            rows = train(config, out, split=split)
+        extra = {
+            "stage": arguments.stage, "variant": variant, "lr": config.lr,
+            "init_lr": config.init_lr, "map_lr": config.map_lr, "queries": config.queries,
+            "filters": config.filters, "revision": revision(),
+        }
+        add_rows(file, [{**row, **extra} for row in rows])
+        at = next(r for r in rows if r["adapt_steps"] == config.horizon[1])
+        print(f"{arguments.study} {arguments.stage} {variant} init {config.init_lr:g} "
+              f"map {config.map_lr:g} seed {config.seed}: {at['mean']} "
+              f"({at['seconds']} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()

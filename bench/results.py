@@ -1,0 +1,27 @@
+"""Rows of the benchmarks: JSON lists in bench/results/, one file a question."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
+
+
+def read_rows(name: str) -> list[dict[str, Any]]:
+    """All rows of a file; empty when it is absent."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def add_rows(name: str, rows: list[dict[str, Any]]) -> None:
+    """Appends rows, one a line; safe with several processes at once."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    with open(RESULTS / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        merged = [*read_rows(name), *rows]
+        text = "[\n" + ",\n".join(json.dumps(row) for row in merged) + "\n]\n"
+        temporary = RESULTS / f".{name}.tmp"
+        temporary.write_text(text)
+        temporary.replace(RESULTS / f"{name}.json")

@@ -1,0 +1,201 @@
+"""The command line: what it prints, and one line and status 2 for what it cannot use."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from mirror_opt import fewshot, maps
+from mirror_opt.cli import main
+
+SMALL = [
+    "--iterations", "2", "--tasks-per-batch", "2", "--queries", "2", "--train-steps", "1",
+    "--adapt-steps", "0,1", "--test-tasks", "2",
+]
+IMAGES = ["--ways", "2", "--filters", "2", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("glyphs") / "run"
+    assert main(["train", "--task", "glyphs", "--method", "mirror", *IMAGES,
+                 "--out", str(out)]) == 0
+    return out
+
+
+def run(*arguments):
+    """The exit status, argparse's own exits included."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return stop.code
+
+
+def fails(capsys, *arguments):
+    """The one line that a command refuses with."""
+    assert run(*arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("mirror-opt: error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--task sudoku", "--task sudoku: unknown; choose from sinusoid, glyphs"),
+        ("", "--task: missing"),
+        ("--task sinusoid --method adam", "--method adam: unknown; choose from maml, fomaml"),
+        ("--task sinusoid --map flat", "--map flat: unknown; choose from "),
+        ("--task sinusoid --method maml --map kronecker", "--map kronecker: --method maml has"),
+        ("--task sinusoid --map-options terms", "'terms': pass options as name=value"),
+        ("--task sinusoid --map-options colour=3", "colour"),
+        ("--task sinusoid --map-options terms=0", "terms"),
+        ("--task sinusoid --ways 5", "no option ways"),
+        ("--task sinusoid --filters 8", "--filters 8: sinusoid has a network without filters"),
+        ("--task sinusoid --shots 0", "shots is 0"),
+        ("--task sinusoid --task-options split=background", "no option split"),
+        ("--task glyphs --ways 100000", "ways is 100000, but split 'train' of glyphs has"),
+        ("--task omniglot --data-dir /nowhere", "/nowhere"),
+        ("--task folder --data-dir /nowhere", "/nowhere"),
+        ("--task sinusoid --adapt-steps 1,,5", "--adapt-steps 1,,5: pass step counts"),
+        ("--task sinusoid --adapt-steps=-1", "--adapt-steps -1: pass step counts"),
+        ("--task sinusoid --train-steps 5-1", "--train-steps 5-1: pass a number"),
+        ("--task sinusoid --train-steps 0", "--train-steps 0: pass a number"),
+        ("--task sinusoid --iterations 0", "--iterations 0: must be a whole number"),
+        ("--task sinusoid --test-tasks 1", "--test-tasks 1: must be a whole number, at least 2"),
+        ("--task sinusoid --lr nan", "--lr nan: must be a finite number"),
+        ("--task sinusoid --lr 0", "--lr 0"),
+        ("--task sinusoid --guard maybe", "--guard maybe: unknown; choose from auto, on, off"),
+        ("--task sinusoid --device tpu", "--device tpu: unknown"),
+        ("--task sinusoid --device cuda:99", "--device cuda:99"),
+        ("--task sinusoid --seed -1", "--seed -1"),
+        ("--task sinusoid --iterations ten", "invalid int value: 'ten'"),
+        ("--task sinusoid --iteration 10", "unrecognized arguments: --iteration 10"),
+        ("--task sinusoid --map negative-entropy", "NegativeEntropy"),
+    ],
+)
+def test_wrong_input_to_train(tmp_path, capsys, monkeypatch, arguments, says):
+    monkeypatch.delenv("MIRROR_OPT_DATA", raising=False)
+    out = tmp_path / "out"
+    assert says in fails(capsys, "train", *arguments.split(), "--out", out)
+    assert not out.exists()
+
+
+def test_wrong_input_to_compare(tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ("compare", "--task", "sinusoid", "--out", out, "--methods")
+    assert "--method sgd: unknown" in fails(capsys, *command, "maml,sgd")
+    assert "each once" in fails(capsys, *command, "maml,maml")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["train", "--task"], ["plot"]])
+def test_wrong_commands(capsys, arguments):
+    fails(capsys, *arguments)
+
+
+def test_a_directory_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    line = fails(capsys, "train", "--task", "sinusoid", *SMALL, "--out", tmp_path / "file" / "run")
+    assert str(tmp_path / "file") in line
+
+
+def test_an_existing_run_is_not_touched_unasked(trained, capsys):
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    line = fails(capsys, "train", "--task", "glyphs", "--out", trained)
+    assert f"{trained}: holds a run already; pass --resume" in line
+    line = fails(capsys, "train", "--lr", "7", "--out", trained, "--resume")
+    assert "--lr 7.0" in line
+    line = fails(capsys, "compare", "--task", "glyphs", "--out", trained, "--resume")
+    assert "mirror-opt train --resume" in line
+    assert before == {path.name: path.read_bytes() for path in trained.iterdir()}
+
+
+def test_evaluate(trained, tmp_path, capsys):
+    out = shutil.copytree(trained, tmp_path / "copy")
+    assert run("evaluate", "--out", out, "--adapt-steps", "3", "--guard", "off", "--shots", 2) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("glyphs, 2-way 2-shot, trained at 1 step")
+    rows = json.loads((out / "results.json").read_text())
+    assert [(row["adapt_steps"], row["shots"], row["guard"]) for row in rows] == [
+        (0, 1, "auto"), (1, 1, "auto"), (3, 2, "off"),
+    ]
+    assert run("plot", "--out", out) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--filters", "3"], ["--ways", "3"], ["--task", "sinusoid"]]
+)
+def test_a_checkpoint_of_another_model(trained, tmp_path, capsys, arguments):
+    out = shutil.copytree(trained, tmp_path / "copy")
+    before = (out / "results.json").read_bytes()
+    fails(capsys, "evaluate", "--out", out, *arguments)
+    assert (out / "results.json").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_run(trained, tmp_path, capsys):
+    other = tmp_path / "other"
+    assert run("train", "--task", "glyphs", "--method", "maml", *IMAGES, "--out", other) == 0
+    capsys.readouterr()
+    shutil.copy(trained / "checkpoint.pt", other / "checkpoint.pt")
+    assert str(other / "checkpoint.pt") in fails(capsys, "train", "--out", other, "--resume")
+
+
+def test_damaged_and_absent_checkpoints(trained, tmp_path, capsys):
+    out = shutil.copytree(trained, tmp_path / "copy")
+    path = out / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    for command in (("evaluate",), ("plot",), ("train", "--resume")):
+        assert f"{path}: damaged" in fails(capsys, *command, "--out", out)
+    path.unlink()
+    assert f"{path}: no checkpoint there" in fails(capsys, "evaluate", "--out", out)
+    assert "no such file" in fails(capsys, "evaluate", "--out", tmp_path / "nothing")
+
+
+def test_other_data_for_a_folder_run(image_folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run("train", "--task", "folder", "--method", "fomaml", "--data-dir", image_folder,
+               *IMAGES, "--out", out) == 0
+    moved = shutil.copytree(image_folder, tmp_path / "moved")
+    assert run("evaluate", "--out", out, "--data-dir", moved) == 0
+    assert run("plot", "--out", out, "--data-dir", moved) == 0
+
+
+def test_default_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("compare", "--task", "sinusoid", "--methods", "anil", *SMALL) == 0
+    assert sorted(os.listdir("runs/sinusoid-compare")) == [
+        "adaptation.png", "anil", "config.json", "fits.png", "results.json", "training.png",
+    ]
+
+
+def test_maps(capsys):
+    assert run("maps") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:6] == ["name", "mu", "ell", "grad", "h", "inverse"]
+    assert [line.split()[0] for line in lines[1:]] == list(maps.REGISTRY)
+    shown = {line.split()[0]: line.split()[1:] for line in lines}
+    assert shown["euclidean"][:4] == ["yes", "yes", "closed", "closed"]
+    assert shown["kronecker"][:4] == ["yes", "yes", "Newton", "closed"]
+    assert shown["hypentropy"][:2] == ["none", "yes"]
+    assert "not a DGF" in " ".join(shown["meta-curvature"])
+
+
+def test_info(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("MIRROR_OPT_DATA", str(tmp_path / "gone"))
+    assert run("info") == 0
+    out = capsys.readouterr().out
+    for word in ("mirror_opt", "torch", "python", "threads", "cache", "gone (absent)",
+                 ", ".join(fewshot.TASKS)):
+        assert word in out
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--help"], ["--version"], ["compare", "--help"]):
+        assert run(*arguments) == 0
+    out = capsys.readouterr().out
+    for option in ("--methods", "--ways", "--train-steps", "--adapt-steps", "--resume"):
+        assert option in out

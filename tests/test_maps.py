@@ -1,0 +1,264 @@
+"""Every property of a mirror map, over all registered maps and all their variants.
+
+A new map is tested by being registered.
+"""
+
+import io
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mirror_opt import maps
+from mirror_opt.errors import InputError
+from mirror_opt.maps.base import dot
+from mirror_opt.newton import NewtonError, Status
+
+CASES = [
+    pytest.param(name, options, id=f"{name}-{i}")
+    for name, cls in sorted(maps.REGISTRY.items())
+    for i, options in enumerate(cls.variants)
+]
+DGF_CASES = [case for case in CASES if maps.REGISTRY[case.values[0]].is_dgf]
+SHAPES = ((5, 4), (5,), (3, 2, 3, 3), (), (1, 7))
+
+
+def points(mirror_map, shapes=SHAPES, dtype=torch.float64, scale=1.0) -> list[Tensor]:
+    """Random points of the map's domain."""
+    raw = [scale * torch.randn(shape, dtype=dtype) for shape in shapes]
+    if mirror_map.domain == "simplex":
+        return [torch.softmax(x.reshape(-1) if x.dim() == 0 else x, -1) for x in raw]
+    return [x.exp() for x in raw] if mirror_map.domain == "positive" else raw
+
+
+def learned(name: str, options: dict, dtype=torch.float64, shapes=SHAPES):
+    """A map as training might leave it: calibrated, and every parameter moved."""
+    params = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+    mirror_map = maps.create(name, params, **options)
+    samples = [[torch.randn(shape, dtype=dtype) for shape in shapes] for _ in range(2)]
+    mirror_map.calibrate(samples)
+    with torch.no_grad():
+        for p in mirror_map.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return mirror_map
+
+
+def relative(xs, ys) -> float:
+    return max(
+        ((x - y).abs().max() / y.abs().max().clamp(min=1e-30)).item()
+        for x, y in zip(xs, ys, strict=True)
+    )
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_round_trip(name, options, dtype):
+    torch.manual_seed(1)
+    mirror_map = learned(name, options, dtype)
+    x = points(mirror_map, dtype=dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-11
+    assert relative(mirror_map.inverse(mirror_map(x)), x) < tolerance
+    assert all(z.dtype == dtype for z in mirror_map(x))
+    if mirror_map.domain != "simplex":  # there duals that differ by a constant are one point
+        z = mirror_map(points(mirror_map, dtype=dtype))
+        assert relative(mirror_map(mirror_map.inverse(z)), z) < 10 * tolerance
+
+
+def jacobian(function, x: Tensor) -> Tensor:
+    rows = torch.autograd.functional.jacobian(lambda v: function([v])[0], x)
+    return rows.reshape(x.numel(), x.numel())
+
+
+@pytest.mark.parametrize(("name", "options"), DGF_CASES)
+@pytest.mark.parametrize("shape", [(3, 2), (4,), (2, 2, 2, 2)])
+def test_jacobian_is_symmetric_positive_definite(name, options, shape):
+    torch.manual_seed(2)
+    mirror_map = learned(name, options, shapes=(shape,))
+    (x,) = points(mirror_map, (shape,))
+    j = jacobian(mirror_map.forward, x)
+    torch.testing.assert_close(j, j.T, rtol=1e-6, atol=1e-8)
+    eigenvalues = torch.linalg.eigvalsh((j + j.T) / 2)
+    assert eigenvalues[0] > 0
+    # The certificates hold at every point.
+    assert eigenvalues[0] >= mirror_map.strong_convexity() * (1 - 1e-6)
+    assert eigenvalues[-1] <= mirror_map.smoothness() * (1 + 1e-6)
+
+
+def test_meta_curvature_is_not_symmetric():
+    torch.manual_seed(3)
+    mirror_map = learned("meta-curvature", {}, shapes=((3, 2),))
+    j = jacobian(mirror_map.inverse, torch.randn(3, 2, dtype=torch.float64))
+    assert (j - j.T).abs().max() > 1e-2
+    with pytest.raises(TypeError, match="no potential"):
+        mirror_map.potential([torch.zeros(3, 2, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize(("name", "options"), DGF_CASES)
+def test_bregman_divergence(name, options):
+    torch.manual_seed(4)
+    mirror_map = learned(name, options)
+    mu, ell = mirror_map.strong_convexity().item(), mirror_map.smoothness().item()
+    for scale in (1e-2, 1.0, 10.0):
+        x = points(mirror_map, scale=scale)
+        y = points(mirror_map, scale=scale)
+        distance = mirror_map.bregman(x, y).item()
+        step = [a - b for a, b in zip(x, y, strict=True)]
+        square = dot(step, step).item()
+        slack = 1e-9 * (1 + abs(mirror_map.potential(x).item()))
+        assert distance >= mu / 2 * square - slack
+        assert distance <= (ell / 2 * square if math.isfinite(ell) else math.inf) + slack
+        assert mirror_map.bregman(x, x).item() == pytest.approx(0, abs=slack)
+
+
+@pytest.mark.parametrize(("name", "options"), DGF_CASES)
+def test_gradient_of_the_potential(name, options):
+    torch.manual_seed(5)
+    mirror_map = learned(name, options)
+    if mirror_map.forward_is_closed:
+        x = [v.requires_grad_() for v in points(mirror_map)]
+        gradient = torch.autograd.grad(mirror_map.potential(x), x)
+        assert relative(mirror_map(x), gradient) < 1e-9
+    x = points(mirror_map)
+    z = [v.detach().requires_grad_() for v in mirror_map(x)]
+    if mirror_map.inverse_is_closed and mirror_map.domain == "reals":
+        gradient = torch.autograd.grad(mirror_map.conjugate(z), z)
+        assert relative(mirror_map.inverse(z), gradient) < 1e-9
+    # Fenchel's equality ties the two together.
+    total = mirror_map.potential(x) + mirror_map.conjugate(z)
+    assert total.item() == pytest.approx(dot(x, z).item(), rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_finite_at_the_extremes(name, options):
+    torch.manual_seed(6)
+    mirror_map = learned(name, options, dtype=torch.float32, shapes=((2, 3),))
+    if mirror_map.domain != "reals":
+        (x,) = points(mirror_map, ((2, 3),), dtype=torch.float32, scale=20.0)
+    else:
+        x = torch.tensor([[0.0, -0.0, 1e-30], [1e6, -1e6, 1.0]])
+    x.requires_grad_()
+    z = mirror_map([x])[0]
+    assert torch.isfinite(z).all()
+    assert torch.isfinite(torch.autograd.grad(z.sum(), x)[0]).all()
+    z = z.detach().requires_grad_()
+    y = mirror_map.inverse([z])[0]
+    assert torch.isfinite(y).all()
+    assert torch.isfinite(torch.autograd.grad(y.sum(), z)[0]).all()
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_starts_near_the_identity_and_serves_vmap(name, options):
+    params = [torch.zeros(3, 2, dtype=torch.float64)]
+    mirror_map = maps.create(name, params, **options)
+    z = torch.randn(5, 3, 2, dtype=torch.float64)
+    if mirror_map.owns_tensors:
+        assert relative(mirror_map.inverse([z[0]]), [z[0]]) < 1e-12
+    direction = mirror_map.inverse if mirror_map.inverse_is_closed else mirror_map.forward
+    if mirror_map.domain != "reals":
+        z = torch.softmax(z, -1)
+    batched = torch.func.vmap(lambda v: direction([v])[0])(z)
+    single = torch.stack([direction([v])[0] for v in z])
+    torch.testing.assert_close(batched, single)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_state_dict_round_trip(name, options):
+    torch.manual_seed(7)
+    saved = learned(name, options)
+    file = io.BytesIO()
+    torch.save(saved.state_dict(), file)
+    file.seek(0)
+    loaded = maps.create(name, [torch.zeros(s, dtype=torch.float64) for s in SHAPES], **options)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    x = points(saved)
+    for a, b in zip(saved.inverse(saved(x)), loaded.inverse(loaded(x)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_none_passes_through(name, options):
+    mirror_map = learned(name, options)
+    x = points(mirror_map)
+    whole = mirror_map(x)
+    x[1] = None
+    z = mirror_map(x)
+    assert z[1] is None
+    assert torch.equal(z[0], whole[0])
+    assert mirror_map.inverse(z)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [c for c in CASES if not maps.create(
+        c.values[0], [torch.zeros(2, 2)], **c.values[1]).inverse_is_closed]
+)
+def test_solved_inverse_reports_nonfinite_input(name, options):
+    mirror_map = learned(name, options, shapes=((2, 3),))
+    with pytest.raises(NewtonError) as caught:
+        mirror_map.inverse([torch.tensor([[1.0, math.nan, 0.0], [1.0, 2.0, 3.0]]).double()])
+    assert caught.value.status is Status.NONFINITE
+
+
+@pytest.mark.parametrize("name", ["separable", "kronecker"])
+def test_calibration_sets_the_scale(name):
+    torch.manual_seed(8)
+    params = [torch.zeros(4, 6, dtype=torch.float64)]
+    mirror_map = maps.create(name, params)
+    tiny = 1e-4 * torch.randn(4, 6, dtype=torch.float64)
+    mirror_map.calibrate([[tiny], [2 * tiny]])
+    with torch.no_grad():
+        for key, p in mirror_map.named_parameters():
+            if key.endswith(".p"):
+                p.fill_(1.0)
+    # At the calibrated scale the curve bends; far inside it is a straight line.
+    bend = [
+        (mirror_map.inverse([k * tiny])[0] / (k * tiny)).std().item() for k in (1.0, 1e-6)
+    ]
+    assert bend[0] > 1e-2
+    assert mirror_map.profiles()
+    before = [p.clone() for p in mirror_map.state_dict().values()]
+    mirror_map.calibrate([[torch.zeros_like(tiny)]])  # no signal: nothing to scale by
+    for a, b in zip(before, mirror_map.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_kronecker_holds_a_sum_that_no_product_represents():
+    torch.manual_seed(9)
+    mirror_map = learned("kronecker", {"units": 0, "terms": 2}, shapes=((3, 3),))
+    j = jacobian(mirror_map.inverse, torch.zeros(3, 3, dtype=torch.float64))
+    # The rearrangement of a Kronecker product has rank one (Van Loan and Pitsianis 1993).
+    rearranged = j.reshape(3, 3, 3, 3).permute(0, 2, 1, 3).reshape(9, 9)
+    assert torch.linalg.svdvals(rearranged)[1] > 1e-3
+
+
+def test_half_precision_parameters_get_float32_maps():
+    mirror_map = maps.KroneckerNeural([torch.zeros(3, 2, dtype=torch.bfloat16)])
+    assert {p.dtype for p in mirror_map.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: maps.create("nonsense", []), "choose one of"),
+        (lambda: maps.create("pnorm", [], power=3), "power"),
+        (lambda: maps.PNorm(1.0), "above 1"),
+        (lambda: maps.PNorm(2.0, eps=-1), "at least 0"),
+        (lambda: maps.Hypentropy(0.0), "above 0"),
+        (lambda: maps.KroneckerNeural([]), "no parameters"),
+        (lambda: maps.KroneckerNeural([torch.zeros(2, dtype=torch.long)]), "int64"),
+        (lambda: maps.KroneckerNeural([torch.zeros(2)], terms=0), "terms=0"),
+        (lambda: maps.KroneckerNeural([torch.zeros(2)], eps=1.0), r"eps=1\.0"),
+        (lambda: maps.KroneckerNeural([torch.zeros(2)], units=-1), "units=-1"),
+        (lambda: maps.SeparableNeural([torch.zeros(2)], rho=1.0), r"rho=1\.0"),
+        (lambda: maps.SeparableNeural([torch.zeros(2)], sigma="relu"), "algebraic"),
+        (lambda: maps.SeparableNeural([torch.zeros(2)], share="row"), "share='row'"),
+        (lambda: maps.SeparableNeural([torch.zeros(2)], parametrization="both"), "primal"),
+        (lambda: maps.Diagonal([torch.zeros(2)]).check([torch.zeros(3)]), "shapes"),
+        (lambda: maps.Diagonal([torch.zeros(2)])([torch.zeros(2)] * 2), "got 2"),
+        (lambda: maps.NegativeEntropy().check([torch.ones(2)]), "sum to 1"),
+        (lambda: maps.NegativeEntropy(simplex=False).check([torch.zeros(2)]), "positive"),
+    ],
+)
+def test_bad_input_says_what_to_pass(call, message):
+    with pytest.raises(InputError, match=message):
+        call()

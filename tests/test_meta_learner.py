@@ -1,0 +1,176 @@
+"""MetaLearner: what it leaves alone, what it reports, and its configurations."""
+
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mirror_opt import maps, meta
+from mirror_opt.errors import InputError
+from mirror_opt.meta import METHODS, MetaLearner, NonFiniteLoss
+
+KINDS = pytest.mark.parametrize("engine", ["loop", "vmap"])
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def data(n: int = 4):
+    torch.manual_seed(1)
+    x = torch.randn(n, 5, 1)
+    return x, torch.sin(x), x + 0.1, torch.sin(x + 0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@KINDS
+def test_every_method_learns(method, engine):
+    learner = meta.build(method, model(), lr=0.05, steps=2, engine=engine)
+    learner.calibrate(F.mse_loss, *data()[:2])
+    groups = learner.param_groups(init_lr=0.01, map_lr=0.01)
+    assert [g["name"] for g in groups][0] == "init"
+    optimizer = torch.optim.Adam(groups)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = learner.meta_loss(F.mse_loss, *data())
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@KINDS
+def test_the_model_is_left_as_it_was(engine):
+    net = nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    if engine == "vmap":
+        net.eval()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    learner = MetaLearner(net, maps.Diagonal(net.parameters()), engine=engine)
+    adapted = learner.adapt(F.mse_loss, data()[0][0], data()[1][0])
+    adapted(data()[2][0])
+    learner.meta_loss(F.mse_loss, *data()).backward()
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert not torch.equal(adapted.params["0.weight"], net[0].weight)
+
+
+@KINDS
+def test_evaluate_follows_adapt(engine):
+    learner = meta.build("mirror", model(), lr=0.05, steps=2, engine=engine)
+    sx, sy, qx, qy = data()
+    result = learner.evaluate(
+        F.mse_loss, F.mse_loss, sx, sy, qx, qy, adapt_steps=(0, 2, 4), guard=False
+    )
+    assert list(result.metrics) == [0, 2, 4]
+    assert result.losses.shape == result.slopes.shape == (4, 4)
+    assert result.accepted is None
+    for steps, metric in result.metrics.items():
+        for t in range(4):
+            adapted = learner.adapt(F.mse_loss, sx[t], sy[t], steps=steps, guard=False)
+            torch.testing.assert_close(F.mse_loss(adapted(qx[t]), qy[t]), metric[t])
+    only_start = learner.evaluate(F.mse_loss, F.mse_loss, sx, sy, qx, qy, adapt_steps=(0,))
+    assert only_start.losses.shape == (4, 0)
+
+
+def test_maps_on_the_parameters_themselves():
+    # Hypentropy is not anchored: phi = grad h*(grad h(phi_0) - alpha g).
+    net = model()
+    hypentropy = maps.Hypentropy(0.5)
+    learner = MetaLearner(net, hypentropy, lr=0.1, steps=1)
+    sx, sy, _, _ = (x[0] for x in data())
+    params = list(net.parameters())
+    grads = torch.autograd.grad(F.mse_loss(net(sx), sy), params)
+    duals = [z - 0.1 * g for z, g in zip(hypentropy(params), grads, strict=True)]
+    adapted = learner.adapt(F.mse_loss, sx, sy)
+    for ours, expected in zip(adapted.params.values(), hypentropy.inverse(duals), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_learned_rates_per_step():
+    learner = MetaLearner(model(), lr=0.1, steps=3, learn_lr=True)
+    assert learner.log_lr.exp().tolist() == pytest.approx([0.1] * 3)
+    learner.meta_loss(F.mse_loss, *data()).backward()
+    assert (learner.log_lr.grad != 0).all()
+    assert learner.inner_loop().rate(7) == learner.inner_loop().rate(2)
+
+
+@KINDS
+def test_nonfinite_losses_name_task_and_step(engine):
+    sx, sy, qx, qy = data()
+    learner = MetaLearner(model(), lr=0.1, steps=2, engine=engine)
+    bad = sx.clone()
+    bad[2] = float("nan")
+    with pytest.raises(NonFiniteLoss, match="step 0 of task 2") as caught:
+        learner.meta_loss(F.mse_loss, bad, sy, qx, qy)
+    assert (caught.value.task, caught.value.step) == (2, 0)
+    with pytest.raises(NonFiniteLoss, match="query loss"):
+        learner.meta_loss(F.mse_loss, sx, sy, bad, qy)
+    with pytest.raises(NonFiniteLoss):
+        learner.adapt_batch(F.mse_loss, bad, sy)
+    skipping = MetaLearner(model(), lr=0.1, steps=2, engine=engine, nonfinite="skip")
+    assert torch.isfinite(skipping.meta_loss(F.mse_loss, bad, sy, qx, qy))
+    with pytest.raises(NonFiniteLoss):
+        skipping.meta_loss(F.mse_loss, torch.full_like(sx, float("nan")), sy, qx, qy)
+
+
+def test_state_dict_round_trip():
+    first = learner = meta.build("mirror", model(), lr=0.05, steps=2)
+    first.calibrate(F.mse_loss, *data()[:2])
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = meta.build("mirror", model(), lr=0.5, steps=2)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    ours, theirs = (m.meta_loss(F.mse_loss, *data()) for m in (learner, second))
+    assert torch.equal(ours, theirs)
+
+
+def test_random_horizon_evaluates_at_the_longest():
+    learner = MetaLearner(model(), steps=(1, 5))
+    assert (learner.horizon, learner.steps, len(learner.log_lr)) == ((1, 5), 5, 5)
+
+
+def test_engine_choice():
+    choose = meta.engines.choose_engine
+    assert choose("auto", model()) == "vmap"
+    assert choose("auto", nn.Conv2d(1, 1, 1)) == "loop"
+    assert choose("auto", nn.BatchNorm1d(2)) == "loop"
+    assert choose("auto", nn.BatchNorm1d(2, track_running_stats=False)) == "vmap"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": 0.0}, r"lr=0\.0"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"steps": 0}, "steps=0"),
+        ({"steps": (3, 1)}, r"steps=\(3, 1\)"),
+        ({"engine": "magic"}, "'loop' or 'vmap'"),
+        ({"guard": "always"}, "guard='always'"),
+        ({"nonfinite": "ignore"}, "'raise' or 'skip'"),
+        ({"adapt": ["nothing*"]}, "nothing"),
+        ({"mirror_map": maps.Diagonal([torch.zeros(3)])}, "shapes"),
+        ({"mirror_map": maps.NegativeEntropy()}, "simplex"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(InputError, match=message):
+        MetaLearner(model(), **arguments)
+
+
+def test_bad_calls():
+    with pytest.raises(InputError, match="one of maml"):
+        meta.build("nonsense", model())
+    with pytest.raises(InputError, match="own map"):
+        meta.build("maml", model(), map_options={"units": 2})
+    with pytest.raises(InputError, match="one of maml"):
+        meta.defaults("nonsense", "sinusoid")
+    with pytest.raises(InputError, match="track_running_stats"):
+        MetaLearner(nn.BatchNorm1d(2), engine="vmap")
+    learner = MetaLearner(model())
+    for steps in (-1, 1.5, True):
+        with pytest.raises(InputError, match="at least 0"):
+            learner.adapt(F.mse_loss, *(x[0] for x in data()[:2]), steps=steps)

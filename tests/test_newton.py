@@ -1,0 +1,158 @@
+"""The solvers, and the implicit derivatives of the inverse of psi."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mirror_opt import reference
+from mirror_opt.newton import Status, solve_convex, solve_monotone
+from mirror_opt.ops import psi_inverse
+from mirror_opt.reference import SIGMAS, Units
+
+
+def solve_psi(t, units, sigma="algebraic", **options):
+    bracket = reference.psi_bracket(units)
+    return solve_monotone(
+        lambda y: (reference.psi(y, units, sigma), reference.psi_slope(y, units, sigma)),
+        t,
+        t - 1.05 * bracket,
+        t + 1.05 * bracket,
+        start=t,
+        scale=t.abs() + bracket,
+        **options,
+    )
+
+
+def random_units(k: int, *shape: int, dtype=torch.float64, rho=0.9) -> Units:
+    s = torch.rand(k, *shape, dtype=dtype) + 0.5
+    w = rho / k * torch.tanh(torch.randn(k, *shape, dtype=dtype)) / s
+    return Units(w, s, torch.randn(k, *shape, dtype=dtype))
+
+
+coefficient = st.floats(-3, 3).map(lambda e: 10.0**e)
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(
+    w=coefficient,
+    s=coefficient,
+    c=st.floats(-100, 100),
+    exponent=st.floats(-12, 6),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    sigma=st.sampled_from(sorted(SIGMAS)),
+)
+def test_converges_for_extreme_coefficients(w, s, c, exponent, dtype, sigma):
+    units = Units(*(torch.tensor([[v]], dtype=dtype) for v in (w, s, c)))
+    t = 10.0**exponent * torch.linspace(-1, 1, 41, dtype=dtype)
+    solution = solve_psi(t, units, sigma)
+    assert solution.status is Status.CONVERGED
+    y = solution.value
+    # The answer is as good as its dtype allows: psi passes t between its neighbours.
+    spacing = 16 * torch.finfo(dtype).eps * (y.abs() + abs(c) + 1 / s)
+    wide = Units(*(u.double() for u in units))
+    slack = 32 * torch.finfo(dtype).eps * (t.abs().double() + 2 * w)
+    below = reference.psi((y - spacing).double(), wide, sigma) - slack
+    above = reference.psi((y + spacing).double(), wide, sigma) + slack
+    assert bool(((below <= t.double()) & (t.double() <= above)).all())
+
+
+def test_status_is_data_and_elements_are_independent():
+    units = random_units(4, 1)
+    t = torch.linspace(-5, 5, 101, dtype=torch.float64)
+    full = solve_psi(t, units)
+    assert (full.status, full.value.shape) == (Status.CONVERGED, t.shape)
+    assert full.residual < 1e-14
+    short = solve_psi(t, units, max_iterations=1, tolerance=1e-15)
+    assert short.status is Status.MAX_ITERATIONS
+    with pytest.raises(ArithmeticError, match="raise max_iterations"):
+        short.unwrap()
+    # An element's answer does not depend on its company.
+    alone = torch.cat([solve_psi(t[i : i + 1], units).value for i in range(0, 101, 25)])
+    assert torch.equal(alone, full.value[::25])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nonfinite_target(bad):
+    t = torch.tensor([0.0, bad, 1.0], dtype=torch.float64)
+    solution = solve_psi(t, random_units(2, 1))
+    assert solution.status is Status.NONFINITE
+    assert torch.isfinite(solution.value[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (2, 0), ()])
+@pytest.mark.parametrize("sigma", sorted(SIGMAS))
+def test_gradients_to_second_order(shape, sigma):
+    torch.manual_seed(0)
+    units = [u.requires_grad_() for u in random_units(3, *shape)]
+    t = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    def f(t, w, s, c):
+        return psi_inverse(t, Units(w, s, c), sigma)
+
+    assert torch.autograd.gradcheck(f, (t, *units))
+    assert torch.autograd.gradgradcheck(f, (t, *units))
+
+
+def test_implicit_equals_unrolled():
+    torch.manual_seed(1)
+    units = [u.requires_grad_() for u in random_units(4, 1)]
+    t = torch.linspace(-3, 3, 20, dtype=torch.float64).requires_grad_()
+
+    def unrolled(t, w, s, c):
+        y, u = t, Units(w, s, c)
+        for _ in range(30):
+            y = y - (reference.psi(y, u) - t) / reference.psi_slope(y, u)
+        return y
+
+    inputs = (t, *units)
+    y = psi_inverse(t, Units(*units))
+    torch.testing.assert_close(y, unrolled(*inputs), rtol=1e-12, atol=1e-12)
+    weights = torch.randn(20, dtype=torch.float64)
+    first = torch.autograd.grad((y * weights).sum(), inputs, create_graph=True)
+    other = torch.autograd.grad((unrolled(*inputs) * weights).sum(), inputs, create_graph=True)
+    torch.testing.assert_close(first, other, rtol=1e-9, atol=1e-11)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+    other = torch.autograd.grad(sum(g.square().sum() for g in other), inputs)
+    torch.testing.assert_close(second, other, rtol=1e-8, atol=1e-9)
+
+
+def test_vmap_of_gradients():
+    torch.manual_seed(2)
+    units = random_units(3, 1, 4)
+    t = torch.randn(6, 5, 4, dtype=torch.float64)
+    w = torch.stack([units.w * (1 + 0.1 * i) for i in range(6)])
+
+    def loss(t, w):
+        return psi_inverse(t, Units(w, units.s, units.c)).square().sum()
+
+    gradient = torch.func.grad(loss, argnums=(0, 1))
+    batched = torch.func.vmap(gradient)(t, w)
+    single = [gradient(t[i], w[i]) for i in range(6)]
+    for i in (0, 1):
+        torch.testing.assert_close(batched[i], torch.stack([g[i] for g in single]))
+    # Batched in one argument only, and along another dimension than the first.
+    shared = torch.func.vmap(gradient, in_dims=(1, None))(t.movedim(0, 1), w[0])
+    torch.testing.assert_close(shared[0][2], gradient(t[2], w[0])[0])
+
+
+def test_solve_convex():
+    torch.manual_seed(3)
+    a = torch.randn(8, 8, dtype=torch.float64)
+    a = a @ a.T + torch.eye(8, dtype=torch.float64)
+
+    def f(y):
+        return a @ y + y**3
+
+    solution = solve_convex(
+        f,
+        lambda y: lambda v: a @ v + 3 * y**2 * v,
+        lambda y: (y @ a @ y) / 2 + (y**4).sum() / 4,
+        10 * torch.randn(8, dtype=torch.float64),
+    )
+    assert solution.status is Status.CONVERGED
+    assert solution.iterations < 20
+    nan = torch.full((8,), math.nan, dtype=torch.float64)
+    assert solve_convex(f, lambda y: f, lambda y: y.sum(), nan).status is Status.NONFINITE

@@ -1,0 +1,110 @@
+"""The pictures: drawn from rows and checkpoints, for every task and for odd rows."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mirror_opt import maps
+from mirror_opt.errors import InputError
+from mirror_opt.runs import RunConfig, compare, plots, results, train
+from mirror_opt.runs.compare import open_comparison
+
+TINY = {"iterations": 3, "tasks_per_batch": 2, "queries": 3, "adapt_steps": "0,2", "test_tasks": 2}
+
+
+def row(**values):
+    common = {
+        "method": "maml", "map": None, "task": "sinusoid", "ways": None, "shots": 10,
+        "train_steps": 5, "metric": "mse", "test_tasks": 4, "guard": "auto", "ci95": 0.1,
+    }
+    return dict.fromkeys(results.ROW) | common | values
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "last"),
+    [
+        ("sinusoid", {"shots": 4}, "fits.png"),
+        ("glyphs", {"ways": 2, "shots": 2, "filters": 2}, "episodes.png"),
+    ],
+)
+def test_every_picture_of_a_comparison(tmp_path, task, options, last):
+    configs = open_comparison(
+        tmp_path, {"task": task, "train_steps": 2, **TINY, **options}, ("maml", "mirror")
+    )
+    compare(configs, tmp_path)
+    written = plots.draw(tmp_path)
+    names = {"adaptation.png", "training.png", last}
+    assert {os.path.relpath(path, tmp_path) for path in written} == {
+        *names, "map.png",
+        *(os.path.join("maml", name) for name in names),
+        *(os.path.join("mirror", name) for name in (*names, "map.png")),
+    }
+    for path in written:
+        assert pixels(path).std() > 5, path  # not blank
+
+
+def test_a_picture_is_of_the_saved_rows(tmp_path):
+    train(RunConfig.create("sinusoid", "maml", **TINY), tmp_path)
+    first = {path.name: pixels(path) for path in plots.draw(tmp_path)}
+    results.merge(tmp_path / "results.json", [
+        found | {"mean": found["mean"] / 2} for found in results.read(tmp_path / "results.json")
+    ])
+    second = {path.name: pixels(path) for path in plots.draw(tmp_path)}
+    same = {name for name in first if np.array_equal(first[name], second[name])}
+    assert same == {"training.png", "fits.png"}
+
+
+def test_the_learned_map_is_drawn_against_the_identity(tmp_path):
+    x = torch.linspace(-4, 4, 9)
+    figure = plots.learned_map(
+        [maps.Profile(f"tensor {i}, channel {c}", x, (1 + i) * x + c)
+         for i in range(14) for c in range(2)],
+        tuple(f"layer{i}" for i in range(14)),
+    )
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    # The twelve that moved most, in order.
+    assert [axes.get_title(loc="center") or axes.get_title(loc="left") for axes in panels] == [
+        f"layer{i}" for i in range(2, 14)
+    ]
+    first, second, identity = (line.get_xydata() for line in panels[0].lines)
+    assert np.allclose(first[:, 1], 3 * first[:, 0])
+    assert np.allclose(second[:, 1], 3 * second[:, 0] + 1)
+    assert np.array_equal(identity[:, 0], identity[:, 1])
+
+
+def test_adaptation_marks_what_diverged_and_tells_guards_apart():
+    figure = plots.adaptation([
+        row(adapt_steps=0, mean=2.0),
+        row(adapt_steps=1, mean=1.0),
+        row(adapt_steps=100, mean=None, ci95=None),
+        row(adapt_steps=0, mean=2.0, guard="off"),
+        row(adapt_steps=1, mean=0.5, guard="off"),
+    ])
+    (axes,) = figure.axes
+    curves = [line for line in axes.lines if not line.get_label().startswith("_")]
+    assert [line.get_label() for line in curves] == ["maml, guard auto", "maml, guard off"]
+    assert curves[0].get_xydata().tolist() == [[0, 2], [1, 1]]
+    assert next(line.get_xdata() for line in axes.lines if line.get_marker() == "x") == [100]
+    assert axes.get_yscale() == "log"
+    assert axes.get_xscale() == "symlog"
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "1", "100"]
+
+
+def test_accuracy_is_in_percent():
+    figure = plots.adaptation([row(adapt_steps=1, mean=0.5, ci95=0.01, metric="accuracy")])
+    (axes,) = figure.axes
+    assert axes.lines[0].get_ydata().tolist() == [50]
+    assert axes.get_ylabel() == "query accuracy (%)"
+
+
+def test_nothing_to_draw(tmp_path):
+    with pytest.raises(InputError, match=r"config\.json: no such file"):
+        plots.draw(tmp_path)
