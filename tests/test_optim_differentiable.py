@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from optim_cases import learned, same
+from optim_cases import learned
 from torch import Tensor
 
 from mirror_opt import maps
@@ -144,21 +144,42 @@ def test_leaf_is_refused():
 
 
 @pytest.mark.parametrize("policy", ["raise", "skip"])
-def test_nonfinite_step_leaves_the_graph_usable(policy):
-    phi_0 = initial()
-    p = phi_0.clone()
-    optimizer = MirrorDescent(
-        [p], lr=0.1, momentum=0.9, differentiable=True, nonfinite=policy, dual_state=True
-    )
-    p.grad = p.detach() * 2
-    optimizer.step()
-    before = p.detach().clone()
-    p.grad = torch.full_like(p, float("nan"))
-    if policy == "skip":
-        optimizer.step()
-    else:
-        with pytest.raises(FloatingPointError):
+def test_refused_step_leaves_no_trace_in_the_graph(policy):
+    gradients = []
+    for bad in (False, True):
+        phi_0 = initial()
+        p = phi_0.clone()
+        optimizer = MirrorDescent(
+            [p],
+            lr=0.1,
+            mirror_map=maps.Hypentropy(),
+            momentum=0.9,
+            differentiable=True,
+            nonfinite=policy,
+            dual_state=True,
+        )
+        for k in range(3):
+            p.grad = 2 * p.clone()
+            if bad and k == 1:
+                p.grad = p.grad * float("nan")
+                if policy == "raise":
+                    with pytest.raises(FloatingPointError):
+                        optimizer.step()
+                else:
+                    optimizer.step()
+                p.grad = 2 * p.clone()
             optimizer.step()
-    assert same([p.detach()], [before])
-    p.sum().backward()
-    torch.testing.assert_close(phi_0.grad, torch.ones_like(phi_0))
+        gradients += torch.autograd.grad(p.sum(), phi_0)
+    assert torch.equal(*gradients)
+
+
+def test_recorded_learning_rate_costs_no_precision():
+    # A tensor times a bfloat16 gradient would be rounded to bfloat16.
+    duals = []
+    for lr in (0.1, torch.tensor(0.1, requires_grad=True)):
+        p = torch.zeros(3, dtype=torch.bfloat16)
+        optimizer = MirrorDescent([p], lr=lr, differentiable=True, dual_state=True)
+        p.grad = torch.tensor([1.0, -0.7, 0.3], dtype=torch.bfloat16)
+        optimizer.step()
+        duals.append(optimizer.state[p]["dual"].detach())
+    torch.testing.assert_close(*duals)

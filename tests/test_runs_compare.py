@@ -40,7 +40,7 @@ def test_rows_and_directories(compared):
         ]
         assert checkpoint.load(out / config.method / "checkpoint.pt")["iteration"] == 3
     assert configs[0].map_options == {}
-    assert configs[1].map_options == {"terms": 1}
+    assert configs[1].map_options.items() > {"terms": 1}.items()  # the map's defaults too
 
 
 def test_only_what_is_unfinished_is_trained_again(compared):

@@ -15,6 +15,7 @@ from mirror_opt.newton import NewtonError
 from mirror_opt.optim.checkpoint import adopt, hide_state, pack_maps
 from mirror_opt.optim.options import (
     RUN_OPTIONS,
+    Group,
     check_group,
     check_options,
     is_anchored,
@@ -25,8 +26,6 @@ from mirror_opt.optim.options import (
 from mirror_opt.optim.update import Tensors, Update, all_finite, mirror_descent, through, widened
 
 __all__ = ["MirrorDescent"]
-
-Group = dict[str, Any]
 
 
 class MirrorDescent(Optimizer):

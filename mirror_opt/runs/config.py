@@ -1,6 +1,7 @@
 r"""What defines a run: every option, its default and its check, and the objects they stand for."""
 
 import dataclasses
+import inspect
 import math
 import os
 from collections.abc import Iterable
@@ -105,6 +106,9 @@ class RunConfig:
         for name, read in READERS.items():
             if name in values:
                 values[name] = read(values[name])
+        if method == "mirror" and values["map"] in maps.REGISTRY:
+            # In full, so that a run outlives a change of the map's defaults.
+            values["map_options"] = _map_defaults(values["map"]) | values.get("map_options", {})
         if values.get("data_dir") is not None:
             values["data_dir"] = os.fspath(values["data_dir"])
         return cls(task=task, method=method, **values)
@@ -169,12 +173,14 @@ class RunConfig:
             InputError: names the first option that differs.
         """
         for name, value in given.items():
-            value = READERS.get(name, lambda same: same)(value)
-            if name != "data_dir" and value != getattr(self, name):
+            value = READERS[name](value) if name in READERS else value
+            own = getattr(self, name)
+            if isinstance(own, dict):  # options are given in part
+                own = {key: own.get(key) for key in value}
+            if name != "data_dir" and value != own:
                 raise InputError(
                     f"{option(name)} {shown(value)}: the run in {where} has "
-                    f"{shown(getattr(self, name))}; drop {option(name)} to go on with it, "
-                    "or pass another --out"
+                    f"{shown(own)}; drop {option(name)} to go on with it, or pass another --out"
                 )
 
     @property
@@ -224,6 +230,11 @@ def build(config: RunConfig, *, download: bool = False) -> tuple[TaskFamily, Met
             steps=low if low == high else (low, high),
         )
     return task, learner.to(device)
+
+
+def _map_defaults(name: str) -> dict[str, Any]:
+    parameters = inspect.signature(maps.REGISTRY[name]).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def _choice(name: str, value: Any, choices: Iterable[str]) -> None:

@@ -169,7 +169,7 @@ def training(runs: list[tuple[RunConfig, list[float | None]]]) -> Figure:
 def learned_map(profiles: list[Profile], names: tuple[str, ...]) -> Figure:
     r"""Learned curves against the identity, a panel a tensor, a line for each channel sampled.
 
-    Of more than twelve tensors those are shown whose curves moved most.
+    Of more than six tensors those are shown whose curves are farthest from the identity.
 
     Args:
         profiles: from the map; a label is ``"tensor 3, ..."``.
@@ -180,10 +180,10 @@ def learned_map(profiles: list[Profile], names: tuple[str, ...]) -> Figure:
         panels.setdefault(int(profile.label.split(",")[0].split()[1]), []).append(profile)
     moved = {tensor: max(float((c.y - c.x).abs().max()) for c in curves)
              for tensor, curves in panels.items()}
-    tensors = sorted(sorted(panels, key=moved.__getitem__, reverse=True)[:12])
-    columns = min(4 if len(tensors) > 6 else 3, len(tensors))
+    tensors = sorted(sorted(panels, key=moved.__getitem__, reverse=True)[:6])
+    columns = min(3, len(tensors))
     rows = math.ceil(len(tensors) / columns)
-    figure = Figure(figsize=(2.4 * columns + 0.4, 2.2 * rows + 0.8))
+    figure = Figure(figsize=(2.6 * columns + 0.4, 2.4 * rows + 0.8))
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes, tensor in zip(grid.flat, tensors, strict=False):
         shades = matplotlib.colormaps["Oranges"](np.linspace(0.45, 0.9, len(panels[tensor])))
@@ -251,6 +251,7 @@ def episode(trained: list[Trained]) -> Figure:
     widths = [image.shape[1] / panels[1][1].shape[1] for _, image in panels]
     height = 4.0 * panels[1][1].shape[0] / panels[1][1].shape[1]
     figure = Figure(figsize=(4.0 * sum(widths), height + 0.5))
+    figure.get_layout_engine().set(wspace=0.03)
     grid = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)
     for axes, (title, image) in zip(grid[0], panels, strict=True):
         axes.imshow(image, interpolation="nearest")

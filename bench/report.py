@@ -1,0 +1,286 @@
+"""Draws the tables of the README and the pictures of docs/images from the rows in bench/results.
+
+    python bench/report.py            # rewrites the marked parts of README.md, and the pictures
+    python bench/report.py --check    # exit status 1 when the README is not what the rows say
+
+A part of the README between ``<!-- rows: NAME -->`` and ``<!-- end -->`` is replaced by what the
+function ``NAME`` makes of the rows. No number in it is written by hand.
+"""
+
+import argparse
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from fewshot import STUDIES, VARIANTS
+from results import read_rows
+
+ROOT = Path(__file__).parent.parent
+IMAGES = ROOT / "docs" / "images"
+PARTS: dict[str, Callable[[], str]] = {}
+MARK = re.compile(r"(<!-- rows: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+COLOURS = {
+    "maml": "#56b4e9", "meta-sgd": "#009e73", "meta-curvature": "#e69f00",
+    "mirror": "#d55e00", "mirror, psi linear": "#cc79a7",
+}
+PENDING = "*No rows yet: run the command above.*"
+
+
+def part(name: str):
+    def add(function: Callable[[], str]) -> Callable[[], str]:
+        PARTS[name] = function
+        return function
+
+    return add
+
+
+def table(head: list[str], body: list[list[str]]) -> str:
+    rows = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def circumstances(rows: list[dict]) -> str:
+    """With what and when the rows were measured."""
+    def seen(key: str) -> str:
+        return ", ".join(sorted({str(row[key]) for row in rows}))
+
+    days = sorted({row["date"][:10] for row in rows})
+    span = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    return f"Device {seen('device')}, torch {seen('torch')}, Python {seen('python')}, {span}."
+
+
+# Few-shot studies.
+
+
+def finals(study: str) -> list[dict]:
+    return [r for r in read_rows(f"fewshot-{study}") if r["stage"] == "final"]
+
+
+def over_seeds(rows: list[dict]) -> tuple[float | None, float, int]:
+    """Mean and standard deviation over the seeds, and their number; None where one diverged."""
+    means = [r["mean"] for r in rows]
+    if any(m is None for m in means):
+        return None, 0.0, len(means)
+    spread = statistics.stdev(means) if len(means) > 1 else 0.0
+    return statistics.mean(means), spread, len(means)
+
+
+def study_table(study: str) -> str:
+    rows = finals(study)
+    if not rows:
+        return PENDING
+    percent = rows[0]["metric"] == "accuracy"
+    steps = sorted({r["adapt_steps"] for r in rows})
+    body = []
+    for variant in VARIANTS:
+        mine = [r for r in rows if r["variant"] == variant]
+        if not mine:
+            continue
+        cells = []
+        for step in steps:
+            mean, spread, _ = over_seeds([r for r in mine if r["adapt_steps"] == step])
+            if mean is None:
+                cells.append("diverged")
+            elif percent:
+                cells.append(f"{100 * mean:.1f} ± {100 * spread:.1f}")
+            else:
+                cells.append(f"{mean:.3g} ± {spread:.1g}")
+        seeds = len({r["seed"] for r in mine})
+        rates = f"{mine[0]['init_lr']:g}" + (f", {mine[0]['map_lr']:g}" * (variant != "maml"))
+        body.append([variant, rates, *cells, str(seeds)])
+    first = rows[0]
+    what = "query accuracy in %" if percent else "query MSE"
+    ways = f"{first['ways']}-way " if first["ways"] else ""
+    title = (
+        f"{first['task']}, {ways}{first['shots']}-shot, trained at {first['train_steps']} inner "
+        f"step(s) for {first['iterations']} meta-iterations: {what} on {first['test_tasks']} new "
+        "tasks after each number of adaptation steps, mean ± standard deviation over seeds."
+    )
+    head = ["method", "rates (init, map)", *[str(s) for s in steps], "seeds"]
+    return f"{title}\n\n{table(head, body)}\n\n{circumstances(rows)}"
+
+
+for _study in STUDIES:
+    part(_study)(lambda study=_study: study_table(study))
+
+
+def draw_study(study: str) -> None:
+    rows = finals(study)
+    if not rows:
+        return
+    figure, axes = canvas()
+    percent = rows[0]["metric"] == "accuracy"
+    scale = 100 if percent else 1
+    for variant in VARIANTS:
+        mine = [r for r in rows if r["variant"] == variant]
+        steps = sorted({r["adapt_steps"] for r in mine})
+        points = [over_seeds([r for r in mine if r["adapt_steps"] == s]) for s in steps]
+        kept = [(s, m, d) for s, (m, d, _) in zip(steps, points, strict=True) if m is not None]
+        if not kept:
+            continue
+        x, mean, spread = zip(*kept, strict=True)
+        mean, spread = [scale * m for m in mean], [scale * d for d in spread]
+        axes.plot(x, mean, marker="o", markersize=4, label=variant, color=COLOURS[variant])
+        low = [m - d if percent else max(m - d, m / 3) for m, d in zip(mean, spread, strict=True)]
+        axes.fill_between(
+            x, low, [m + d for m, d in zip(mean, spread, strict=True)],
+            color=COLOURS[variant], alpha=0.18, linewidth=0,
+        )
+    axes.set_xlabel("adaptation steps")
+    axes.set_ylabel("query accuracy in %" if percent else "query MSE")
+    if not percent:
+        axes.set_yscale("log")
+    axes.set_title(f"{rows[0]['task']}, trained at {rows[0]['train_steps']} step(s)")
+    axes.legend(frameon=False)
+    save(figure, study)
+
+
+# Stability.
+
+
+@part("stability")
+def stability() -> str:
+    rows = read_rows("stability")
+    if not rows:
+        return PENDING
+    body = []
+    for variant in dict.fromkeys(r["variant"] for r in rows):
+        mine = [r for r in rows if r["variant"] == variant]
+
+        def cell(guard: str, step: int, mine: list[dict] = mine) -> str:
+            found = [r for r in mine if r["guard"] == guard and r["adapt_steps"] == step]
+            mean, _, seeds = over_seeds(found)
+            if mean is None:
+                bad = sum(r["mean"] is None for r in found)
+                return f"diverged on {bad} of {seeds} seeds"
+            return f"{mean:.3g}"
+
+        last = max(r["adapt_steps"] for r in mine)
+        uphill = max(r["uphill"] for r in mine if r["guard"] == "past the trained steps")
+        rise = max(r["largest_rise"] for r in mine if r["largest_rise"] is not None)
+        body.append([
+            variant,
+            cell("none", 10), cell("none", last),
+            cell("past the trained steps", 10), cell("past the trained steps", last),
+            f"{100 * uphill:.0f} %", f"{rise:.0e}" if rise else "0",
+        ])
+    head = ["method", "10 steps", "100 steps", "10 steps, guarded", "100 steps, guarded",
+            "tasks going uphill, at worst", "largest relative rise, guarded"]
+    seeds = len({r["seed"] for r in rows})
+    title = (
+        f"Sinusoid, trained at one inner step: query MSE, mean over {seeds} seeds and "
+        f"{rows[0]['test_tasks']} tasks each."
+    )
+    return f"{title}\n\n{table(head, body)}\n\n{circumstances(rows)}"
+
+
+def draw_stability() -> None:
+    rows = read_rows("stability")
+    if not rows:
+        return
+    figure, (left, right) = canvas(2)
+    shown = [v for v in VARIANTS if any(r["variant"] == v for r in rows)]
+    ceiling = 10.0
+    for variant in shown:
+        for guard, style in (("none", ":"), ("past the trained steps", "-")):
+            mine = [r for r in rows if (r["variant"], r["guard"]) == (variant, guard)]
+            steps = sorted({r["adapt_steps"] for r in mine})
+            # The worst seed: a method is as safe as its worst.
+            worst = [
+                max(ceiling * 10 if r["mean"] is None else r["mean"]
+                    for r in mine if r["adapt_steps"] == s) for s in steps
+            ]
+            left.plot(steps, worst, style, color=COLOURS[variant],
+                      label=variant if style == "-" else None)
+        mine = [r for r in rows if (r["variant"], r["guard"]) == (variant, GUARDED)]
+        steps = sorted({r["adapt_steps"] for r in mine})
+        share = [100 * statistics.mean(r["uphill"] for r in mine if r["adapt_steps"] == s)
+                 for s in steps]
+        right.plot(steps, share, marker="o", markersize=4, color=COLOURS[variant], label=variant)
+    left.set_xscale("log")
+    left.set_yscale("log")
+    left.set_ylim(top=ceiling)
+    left.set_xlabel("adaptation steps (trained at 1)")
+    left.set_ylabel("query MSE, worst seed")
+    left.set_title("dotted: no guard, solid: guarded")
+    left.legend(frameon=False)
+    right.set_xscale("log")
+    right.set_xlabel("adaptation steps (trained at 1)")
+    right.set_ylabel("tasks whose direction goes uphill, %")
+    right.set_title("a valid map never goes uphill")
+    save(figure, "stability")
+
+
+GUARDED = "past the trained steps"
+
+
+# Cost.
+
+
+@part("meta-overhead")
+def meta_overhead() -> str:
+    rows = read_rows("meta_overhead")
+    if not rows:
+        return PENDING
+    last = rows[-1]["date"]
+    rows = [r for r in rows if r["date"][:16] == last[:16]]
+    body = [[r["name"], f"{r['seconds']:.3f}", f"{r['ratio']:.2f}"] for r in rows]
+    head = ["meta-gradient of MAML", "seconds, median", "ratio to by hand"]
+    return f"{table(head, body)}\n\n{circumstances(rows)}"
+
+
+# Pictures and pages.
+
+
+def canvas(columns: int = 1):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6 * columns, 3.8), dpi=130, layout="constrained")
+    axes = figure.subplots(1, columns)
+    for one in (axes if columns > 1 else [axes]):
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(color="#e5e5e5", linewidth=0.8)
+        one.set_axisbelow(True)
+    return figure, axes
+
+
+def save(figure, name: str) -> None:
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(IMAGES / f"{name}.png")
+
+
+def rewritten(text: str) -> str:
+    def fill(match: re.Match) -> str:
+        return match[1] + PARTS[match[2]]() + "\n" + match[3]
+
+    return MARK.sub(fill, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        old = page.read_text()
+        new = rewritten(old)
+        if new != old:
+            stale.append(page.name)
+            if not check:
+                page.write_text(new)
+    if check:
+        print(f"stale: {', '.join(stale)}" if stale else "all pages say what the rows say")
+        return int(bool(stale))
+    for study in STUDIES:
+        draw_study(study)
+    draw_stability()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

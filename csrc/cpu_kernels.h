@@ -1,0 +1,181 @@
+// Loops over rows of S(u) = gain * psi(u), compiled once for each instruction set.
+#pragma once
+
+#include "cpu.h"
+#include "simd.h"
+
+#include "separable.h"  // after simd.h, whose functions it calls
+
+namespace {
+
+// Coefficients that a row of values shares.
+template <class T> struct RowUnits {
+  Unit<T> unit[kMaxUnits];
+  Bounds<T> bounds;
+  int count;
+
+  RowUnits(const Map<T>& map, int64_t column) : count(map.units) {
+    for (int k = 0; k < count; ++k) {
+      const int64_t i = k * map.columns + column;
+      unit[k] = make_unit(map.w[i], map.s[i], map.c[i]);
+    }
+    bounds = make_bounds<T, T>(*this);
+  }
+  const Unit<T>& operator[](int k) const { return unit[k]; }
+};
+
+// Coefficients of neighbouring columns, one for each lane.
+template <class T> struct ColumnUnits {
+  Unit<Vec<T>> unit[kMaxUnits];
+  Bounds<Vec<T>> bounds;
+  int count;
+
+  template <class Count> ColumnUnits(const Map<T>& map, int64_t column, Count lanes)
+      : count(map.units) {
+    for (int k = 0; k < count; ++k) {
+      const int64_t i = k * map.columns + column;
+      unit[k] = make_unit(load(map.w + i, lanes), load(map.s + i, lanes), load(map.c + i, lanes));
+    }
+    bounds = make_bounds<T, Vec<T>>(*this);
+  }
+  const Unit<Vec<T>>& operator[](int k) const { return unit[k]; }
+};
+
+// Calls f(units, element, element of gain, lanes) for every register of the elements in [begin, end).
+template <class T, class F>
+MIRROR_FN void sweep(const Map<T>& map, int64_t begin, int64_t end, const F& f) {
+  constexpr int64_t full = kLanes<T>;
+  if (map.n == 1) {
+    for (int64_t i = begin, step; i < end; i += step) {
+      const int64_t column = i % map.columns, g = i % map.gain_rows;
+      step = smaller(smaller(full, end - i), map.columns - column);
+      if (step == full) {
+        f(ColumnUnits<T>(map, column, All{}), i, g, All{});
+      } else {
+        f(ColumnUnits<T>(map, column, (int)step), i, g, (int)step);
+      }
+    }
+    return;
+  }
+  for (int64_t i = begin; i < end;) {
+    const int64_t row = i / map.n, stop = smaller(end, (row + 1) * map.n);
+    const int64_t shift = (row - row % map.gain_rows) * map.n;
+    const RowUnits<T> units(map, row % map.columns);
+    for (; i + full <= stop; i += full) f(units, i, i - shift, All{});
+    if (i < stop) f(units, i, i - shift, (int)(stop - i));
+    i = stop;
+  }
+}
+
+template <class T> void forward(const Map<T>& map, const T* u, T* out, int64_t begin, int64_t end) {
+  sweep(map, begin, end, [&](const auto& units, int64_t i, int64_t g, auto lanes) {
+    store(out + i, load(map.gain + g, lanes) * psi(load(u + i, lanes), units), lanes);
+  });
+}
+
+template <class T>
+int inverse(const Map<T>& map, const T* t, T* out, int64_t begin, int64_t end) {
+  int status = kConverged;
+  sweep(map, begin, end, [&](const auto& units, int64_t i, int64_t g, auto lanes) {
+    // Lanes beyond the end hold zeros: their gain would make 0 / 0.
+    const auto gain = load(map.gain + g, lanes, T(1));
+    const auto target = load(t + i, lanes) / gain;
+    store(out + i, solve<T>(target, target, units, status), lanes);
+  });
+  return status;
+}
+
+// Gradients of S (or of its inverse, whose value is `at`) for the elements [begin, end) of one
+// column, counted over all rows that share its coefficients.
+template <bool inverted, class T> struct Backward {
+  const Map<T>& map;
+  const Gradients<T>& to;
+  const T *grad, *at;
+
+  template <class Units, class Count>
+  MIRROR_FN void element(const Units& units, int64_t i, int64_t g, Count lanes,
+                         Moments<Vec<T>>* moments) const {
+    const Vec<T> u = load(at + i, lanes), gain = load(map.gain + g, lanes, T(1));
+    const Vec<T> dy = load(grad + i, lanes);
+    if constexpr (inverted) {
+      const Vec<T> q = dy / (gain * psi_slope(u, units).slope);
+      const Point<Vec<T>> point = accumulate(u, -(q * gain), units, moments);
+      store(to.at + i, q, lanes);
+      store(to.gain + i, -q * point.value, lanes);
+    } else {
+      const Point<Vec<T>> point = accumulate(u, dy * gain, units, moments);
+      store(to.at + i, dy * gain * point.slope, lanes);
+      store(to.gain + i, dy * point.value, lanes);
+    }
+  }
+
+  // One column of rows.
+  void row_segment(int64_t column, int64_t begin, int64_t end, T* w, T* s, T* c) const {
+    constexpr int64_t full = kLanes<T>;
+    const RowUnits<T> units(map, column);
+    Moments<Vec<T>> moments[kMaxUnits];
+    for (int k = 0; k < units.count; ++k) moments[k] = Moments<Vec<T>>{};
+    for (int64_t e = begin; e < end;) {
+      const int64_t row = column + e / map.n * map.columns, j = e % map.n;
+      const int64_t length = smaller(end - e, map.n - j);
+      int64_t i = row * map.n + j;
+      const int64_t stop = i + length, shift = (row - row % map.gain_rows) * map.n;
+      for (; i + full <= stop; i += full) element(units, i, i - shift, All{}, moments);
+      if (i < stop) element(units, i, i - shift, (int)(stop - i), moments);
+      e += length;
+    }
+    for (int k = 0; k < units.count; ++k) {
+      const Moments<T> sum{T(total<T>(moments[k].w)), T(total<T>(moments[k].slope)),
+                           T(total<T>(moments[k].lever))};
+      unit_gradient(sum, units[k], w[k * map.columns], s[k * map.columns], c[k * map.columns]);
+    }
+  }
+
+  // Neighbouring columns of single elements, `rows` of each.
+  template <class Count> void columns(int64_t column, int64_t rows, Count lanes) const {
+    const ColumnUnits<T> units(map, column, lanes);
+    Moments<Vec<T>> moments[kMaxUnits];
+    for (int k = 0; k < units.count; ++k) moments[k] = Moments<Vec<T>>{};
+    for (int64_t b = 0; b < rows; ++b) {
+      const int64_t i = b * map.columns + column;
+      element(units, i, i % map.gain_rows, lanes, moments);
+    }
+    for (int k = 0; k < units.count; ++k) {
+      Vec<T> w, s, c;
+      unit_gradient(moments[k], units[k], w, s, c);
+      const int64_t i = k * map.columns + column;
+      store(to.w + i, w, lanes);
+      store(to.s + i, s, lanes);
+      store(to.c + i, c, lanes);
+    }
+  }
+};
+
+template <bool inverted, class T>
+void backward(const Map<T>& map, const T* grad, const T* at, const Gradients<T>& to,
+              int64_t begin, int64_t end) {
+  const Backward<inverted, T> kernel{map, to, grad, at};
+  const int64_t rows = map.rows / map.columns;
+  if (map.n == 1) {
+    for (int64_t column = begin, step; column < end; column += step) {
+      step = smaller<int64_t>(kLanes<T>, end - column);
+      if (step == kLanes<T>) kernel.columns(column, rows, All{});
+      else kernel.columns(column, rows, (int)step);
+    }
+    return;
+  }
+  const int64_t size = rows * map.n, block = map.units * map.columns;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t column = task / to.segments, segment = task % to.segments;
+    const int64_t first = segment * to.segment;
+    kernel.row_segment(column, first, smaller(first + to.segment, size),
+                       to.w + segment * block + column, to.s + segment * block + column,
+                       to.c + segment * block + column);
+  }
+}
+
+template <class T> constexpr Kernels<T> table() {
+  return {forward<T>, inverse<T>, backward<false, T>, backward<true, T>};
+}
+
+}  // namespace

@@ -1,0 +1,3 @@
+#include "cpu_kernels.h"
+
+const InstructionSet portable{"portable", table<float>(), table<double>()};
