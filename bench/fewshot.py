@@ -57,8 +57,8 @@ STUDIES = {
         {"task": "sinusoid", "shots": 10, "queries": 10, "lr": 0.01, "tasks_per_batch": 25,
          "iterations": 3000, "train_steps": 5, "test_tasks": 500,
          "adapt_steps": (0, 1, 2, 3, 5, 10)},
-        init_lrs=(1e-3, 3e-3),
-        map_lrs=(1e-3, 3e-3, 1e-2),
+        init_lrs=(3e-3, 1e-2),
+        map_lrs=(3e-3, 1e-2, 3e-2),
     ),
     "omniglot-1": Study(
         {**_OMNIGLOT, "iterations": 250, "train_steps": 1},

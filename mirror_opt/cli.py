@@ -221,8 +221,9 @@ def _training_options(sub: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="decides initialisation and tasks (default: 0)")
     _evaluation_options(sub)
     _run_options(sub, required=False)
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--overwrite", action="store_true", help="replace the run in --out")
+    existing = sub.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    existing.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     add("--download", action="store_true", help="fetch Omniglot from its official source")
     add("--save-every", type=float, help="seconds between checkpoints (default: 30)")
 

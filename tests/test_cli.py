@@ -92,7 +92,9 @@ def test_wrong_input_to_compare(tmp_path, capsys):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["train", "--task"], ["plot"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["train", "--task"], ["plot"], ["train", "--resume", "--overwrite"]]
+)
 def test_wrong_commands(capsys, arguments):
     fails(capsys, *arguments)
 

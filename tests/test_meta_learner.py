@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from mirror_opt import maps, meta
 from mirror_opt.errors import InputError
 from mirror_opt.meta import METHODS, MetaLearner, NonFiniteLoss
+from mirror_opt.meta.engines import choose_engine
 
 KINDS = pytest.mark.parametrize("engine", ["loop", "vmap"])
 
@@ -134,11 +135,43 @@ def test_random_horizon_evaluates_at_the_longest():
 
 
 def test_engine_choice():
-    choose = meta.engines.choose_engine
-    assert choose("auto", model()) == "vmap"
-    assert choose("auto", nn.Conv2d(1, 1, 1)) == "loop"
-    assert choose("auto", nn.BatchNorm1d(2)) == "loop"
-    assert choose("auto", nn.BatchNorm1d(2, track_running_stats=False)) == "vmap"
+    def choose(net: nn.Module, mirror_map=None, engine: str = "auto") -> str:
+        return choose_engine(engine, net, mirror_map or maps.Euclidean())
+
+    assert choose(model()) == "vmap"
+    assert choose(nn.Conv2d(1, 1, 1)) == "loop"
+    assert choose(nn.BatchNorm1d(2)) == "loop"
+    assert choose(nn.BatchNorm1d(2, track_running_stats=False)) == "vmap"
+    net = model()
+    solved = maps.KroneckerNeural(net.parameters(), terms=2, parametrization="primal")
+    assert choose(net, solved) == "loop"
+    with pytest.raises(InputError, match="parametrization='dual'"):
+        choose(net, solved, "vmap")
+
+
+def test_meta_gradient_through_a_solved_inverse():
+    # F of the primal parametrisation inverted by Newton-CG: its implicit meta-gradient against
+    # finite differences.
+    torch.manual_seed(0)
+    net = model().double()
+    solved = maps.KroneckerNeural(net.parameters(), terms=2, parametrization="primal")
+    batch = [x.double() for x in data(2)]
+    learner = MetaLearner(net, solved, lr=0.1, steps=2)
+    learner.calibrate(F.mse_loss, *batch[:2])
+    with torch.no_grad():
+        for p in solved.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    learner.meta_loss(F.mse_loss, *batch).backward()
+    named = [p for p in learner.parameters() if p.grad is not None]
+    direction = [torch.randn_like(p) for p in named]
+    exact = sum((p.grad * d).sum().item() for p, d in zip(named, direction, strict=True))
+    h, values = 1e-4, []
+    with torch.no_grad():
+        for t in (h, -2 * h):
+            for p, d in zip(named, direction, strict=True):
+                p.add_(t * d)
+            values.append(learner.meta_loss(F.mse_loss, *batch).item())
+    assert exact == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -66,11 +66,6 @@ def by_hand(phi_0: Tensor, lr, mirror_map, options: dict) -> Tensor:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("name", "map_options"), MAPS, ids=str)
 def test_gradients_are_those_of_the_unroll_by_hand(name, map_options, options):
-    if not maps.create(name, [initial()], **map_options).forward_is_closed:
-        # Its solve for grad h is differentiable once: the dual state never needs it, decay does.
-        if options.get("weight_decay") and map_options.get("terms") == 2:
-            pytest.skip("second order through the Newton-CG solve")
-        options = {"dual_state": True, **options}
     results = []
     for run in (with_optimizer, by_hand):
         phi_0, lr = initial(), torch.tensor(0.05, dtype=torch.float64, requires_grad=True)

@@ -69,15 +69,15 @@ def test_the_learned_map_is_drawn_against_the_identity(tmp_path):
          for i in range(14) for c in range(2)],
         tuple(f"layer{i}" for i in range(14)),
     )
-    panels = [axes for axes in figure.axes if axes.get_visible()]
-    # The six that are farthest, in order.
-    assert [axes.get_title(loc="center") or axes.get_title(loc="left") for axes in panels] == [
-        f"layer{i}" for i in range(8, 14)
-    ]
-    first, second, identity = (line.get_xydata() for line in panels[0].lines)
-    assert np.allclose(first[:, 1], 9 * first[:, 0])
-    assert np.allclose(second[:, 1], 9 * second[:, 0] + 1)
+    titles = [axes.get_title(loc="center") or axes.get_title(loc="left") for axes in figure.axes]
+    # The four farthest from it, in order; below each the difference.
+    assert titles == ["layer10", "layer11", "layer12", "layer13", "", "", "", ""]
+    first, second, identity = (line.get_xydata() for line in figure.axes[0].lines)
+    assert np.allclose(first[:, 1], 11 * first[:, 0])
+    assert np.allclose(second[:, 1], 11 * second[:, 0] + 1)
     assert np.array_equal(identity[:, 0], identity[:, 1])
+    below = figure.axes[4].lines[1].get_xydata()
+    assert np.allclose(below[:, 1], 10 * below[:, 0] + 1)
 
 
 def test_adaptation_marks_what_diverged_and_tells_guards_apart():

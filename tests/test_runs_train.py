@@ -217,7 +217,7 @@ def test_resuming_a_finished_run_changes_nothing(whole):
         ({"lr": 0.5}, "--lr 0.5"),
         ({"train_steps": "2"}, "--train-steps 2"),
         ({"iterations": 9}, "--iterations 9"),
-        ({"map_options": "terms=1"}, "--map-options terms=1"),
+        ({"map_options": "terms=7"}, "--map-options terms=7"),
         ({"method": "maml"}, "--method maml"),
         ({"task": "glyphs"}, "--task glyphs"),
     ],
@@ -231,6 +231,11 @@ def test_resuming_with_the_same_options_is_fine(whole):
     assert open_run(whole, {"task": "sinusoid", **TINY}, resume=True) == tiny()
 
 
+def test_nothing_to_resume(tmp_path, caplog):
+    assert open_run(tmp_path, {"task": "sinusoid", **TINY}, resume=True) == tiny()
+    assert f"{tmp_path}: no run to go on with" in caplog.text
+
+
 def test_results_do_not_outlive_their_checkpoint(whole, tmp_path):
     out = tmp_path / "run"
     train(tiny(seed=1), out)
@@ -239,7 +244,7 @@ def test_results_do_not_outlive_their_checkpoint(whole, tmp_path):
     assert same(final(out), final(whole))
 
 
-def test_non_finite_meta_gradients_are_skipped_and_counted(tmp_path, monkeypatch):
+def test_non_finite_meta_gradients_are_skipped_and_counted(tmp_path, monkeypatch, caplog):
     original = meta.MetaLearner.meta_loss
 
     def spoiled(self, *arguments, steps):
@@ -255,6 +260,7 @@ def test_non_finite_meta_gradients_are_skipped_and_counted(tmp_path, monkeypatch
     history = json.loads((tmp_path / "history.json").read_text())
     assert [loss is None for loss in history["loss"]] == [i in (1, 3) for i in range(8)]
     assert history["skipped"] == 2
+    assert "mirror (kronecker): 2 of 8 iterations skipped" in caplog.text
     state = checkpoint.load(tmp_path / "checkpoint.pt")
     assert all(torch.isfinite(x).all() for x in state["learner"].values())
     assert {float(s["step"]) for s in state["optimizer"]["state"].values()} == {6.0}

@@ -50,6 +50,7 @@ class MirrorMap(nn.Module):
             initial parameters), which the caller subtracts; False when it acts on phi.
         domain: where x may lie: ``"reals"``, ``"positive"`` or ``"simplex"``.
         forward_is_closed, inverse_is_closed: False where a Newton solve is needed.
+        inverse_is_batchable: False where ``inverse`` runs a solve that ``vmap`` cannot batch.
         variants: constructor options that together reach every path; tests run all of them.
     """
 
@@ -62,6 +63,7 @@ class MirrorMap(nn.Module):
     domain: str = "reals"
     forward_is_closed: bool = True
     inverse_is_closed: bool = True
+    inverse_is_batchable: bool = True
 
     # The mathematics, tensor by tensor.
 
@@ -140,9 +142,10 @@ class MirrorMap(nn.Module):
 
     def check(self, params: Sequence[Tensor]) -> None:
         """Raises InputError unless the map serves these parameters (number, shapes, domain)."""
+        # Zero is let in: steps reach it by underflow, and a resumed run must be able to start there.
         outside = {
             "reals": lambda p: False,
-            "positive": lambda p: not bool((p > 0).all()),
+            "positive": lambda p: not bool((p >= 0).all()),
             "simplex": lambda p: not self._on_simplex(p),
         }[self.domain]
         for i, p in enumerate(params):
@@ -156,7 +159,7 @@ class MirrorMap(nn.Module):
     @staticmethod
     def _on_simplex(p: Tensor) -> bool:
         total = p.double().sum(-1)
-        return bool((p > 0).all()) and bool(((total - 1).abs() < 1e-2).all())
+        return bool((p >= 0).all()) and bool(((total - 1).abs() < 1e-2).all())
 
     def _pairs(self, xs: Tensors, coefficients: Sequence[Any] | None) -> Iterator[tuple]:
         coefficients = self.coefficients() if coefficients is None else coefficients

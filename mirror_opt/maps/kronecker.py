@@ -175,6 +175,8 @@ class KroneckerNeural(NeuralMap):
         if not (0 <= eps < 1):
             raise InputError(f"Invalid {eps=}: pass a number in [0, 1)")
         self.terms, self.eps = terms, float(eps)
+        self.elementwise = terms == 1 and eps == 0  # then F = M^T S M has an elementwise solve
+        self.inverse_is_batchable = self.inverse_is_closed or self.elementwise
         self.tensors = nn.ModuleList(
             _KroneckerTensor(p, terms, eps, units, rho, sigma, seed + 1000 * i)
             for i, p in enumerate(params)
@@ -221,7 +223,7 @@ class KroneckerNeural(NeuralMap):
         return lambda v: self._back(slope * self._rotate(v, term), v, term)
 
     def _solve(self, t: Tensor, term: _Term) -> Tensor:
-        if self.terms == 1 and self.eps == 0:
+        if self.elementwise:
             # F = M^T S M, so F^-1 = M^-1 S^-1 M^-T.
             inverse = [torch.linalg.inv(f) for f in term.factors]
             v = mode_product(t.reshape(1, *term.sizes), inverse, transpose=True)

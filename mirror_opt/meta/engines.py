@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from mirror_opt.errors import InputError
+from mirror_opt.maps.base import MirrorMap
 from mirror_opt.meta.inner import InnerLoop
 
 __all__ = ["ENGINES", "choose_engine", "has_batch_statistics", "map_tasks", "mean_loss"]
@@ -37,8 +38,8 @@ def has_batch_statistics(model: nn.Module) -> bool:
     return any(m.training or not m.track_running_stats for m in _batch_norms(model))
 
 
-def choose_engine(engine: str, model: nn.Module) -> str:
-    """Resolves ``"auto"``, and raises InputError for an engine that cannot serve the model."""
+def choose_engine(engine: str, model: nn.Module, mirror_map: MirrorMap) -> str:
+    """Resolves ``"auto"``, and raises InputError for an engine that cannot serve model or map."""
     if engine not in ("auto", *ENGINES):
         raise InputError(f"Invalid {engine=}: pass 'auto', 'loop' or 'vmap'")
     updates_buffers = any(m.training and m.track_running_stats for m in _batch_norms(model))
@@ -47,8 +48,15 @@ def choose_engine(engine: str, model: nn.Module) -> str:
             "engine='vmap' cannot update the running statistics of batch norm: build the model "
             "with track_running_stats=False, call model.eval(), or pass engine='loop'"
         )
+    if engine == "vmap" and not mirror_map.inverse_is_batchable:
+        raise InputError(
+            f"engine='vmap' cannot batch the inverse of this {type(mirror_map).__name__}: build it "
+            "with parametrization='dual', or pass engine='loop'"
+        )
     if engine != "auto":
         return engine
+    if not mirror_map.inverse_is_batchable:
+        return "loop"
     convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
     on_gpu = any(p.is_cuda for p in model.parameters())
     return "loop" if updates_buffers or (convolutional and not on_gpu) else "vmap"

@@ -162,9 +162,9 @@ class MetaLearner(nn.Module):
             raise InputError(f"Invalid {guard=}: pass 'auto', True or False")
         if nonfinite not in ("raise", "skip"):
             raise InputError(f"Invalid {nonfinite=}: pass 'raise' or 'skip'")
-        choose_engine(engine, model)
-        adapted = self.adapted_parameters(model, adapt)
         mirror_map = Euclidean() if mirror_map is None else mirror_map
+        choose_engine(engine, model, mirror_map)
+        adapted = self.adapted_parameters(model, adapt)
         mirror_map.check(list(adapted.values()))
         self.model, self.mirror_map = model, mirror_map
         self.names = tuple(adapted)
@@ -274,7 +274,7 @@ class MetaLearner(nn.Module):
         statistics, for which PyTorch's second derivatives are wrong: an error; use ``meta_loss``.
         """
         steps = self._check_steps(steps)
-        engine = choose_engine(self.engine, self.model)
+        engine = choose_engine(self.engine, self.model, self.mirror_map)
         differentiable = torch.is_grad_enabled() and not self.first_order
         if engine == "vmap" and differentiable and has_batch_statistics(self.model):
             raise InputError(
@@ -318,7 +318,7 @@ class MetaLearner(nn.Module):
             NonFiniteLoss: a loss was not finite (``nonfinite="raise"``), or all were.
         """
         steps = self._check_steps(steps)
-        engine = choose_engine(self.engine, self.model)
+        engine = choose_engine(self.engine, self.model, self.mirror_map)
 
         def task(inner: InnerLoop, sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor):
             params, losses, _ = self._adapt(InnerLoop.run, inner, loss_fn, sx, sy, steps)
@@ -373,7 +373,7 @@ class MetaLearner(nn.Module):
 
             return metrics, collect("loss"), collect("slope"), collect("accepted")
 
-        engine = choose_engine(self.engine, self.model)
+        engine = choose_engine(self.engine, self.model, self.mirror_map)
         tasks = (support_x, support_y, query_x, query_y)
         metrics, *trails = map_tasks(engine, task, self.inner_loop(), tasks)
         empty = query_x.new_zeros(query_x.shape[0], 0)

@@ -199,7 +199,7 @@ def build(config: RunConfig, *, download: bool = False) -> tuple[TaskFamily, Met
     r"""The task family and the learner that ``config`` describes, the learner on its device.
 
     The model is initialised from ``config.seed``, the same for all methods, and torch's global
-    random state is left as it was.
+    random state is left as it was. ``config.threads`` is set for the process.
 
     Raises:
         InputError: absent data, more ways than classes, a map that does not fit the model.

@@ -167,39 +167,37 @@ def training(runs: list[tuple[RunConfig, list[float | None]]]) -> Figure:
 
 
 def learned_map(profiles: list[Profile], names: tuple[str, ...]) -> Figure:
-    r"""Learned curves against the identity, a panel a tensor, a line for each channel sampled.
+    r"""Learned curves against the identity, and below their difference from it.
 
-    Of more than six tensors those are shown whose curves are farthest from the identity.
+    A column is a tensor, a line one of its channels; of more than four tensors those are shown
+    whose curves are farthest from the identity.
 
     Args:
         profiles: from the map; a label is ``"tensor 3, ..."``.
         names: the names of the tensors.
     """
-    panels: dict[int, list[Profile]] = {}
+    curves: dict[int, list[Profile]] = {}
     for profile in profiles:
-        panels.setdefault(int(profile.label.split(",")[0].split()[1]), []).append(profile)
-    moved = {tensor: max(float((c.y - c.x).abs().max()) for c in curves)
-             for tensor, curves in panels.items()}
-    tensors = sorted(sorted(panels, key=moved.__getitem__, reverse=True)[:6])
-    columns = min(3, len(tensors))
-    rows = math.ceil(len(tensors) / columns)
-    figure = Figure(figsize=(2.6 * columns + 0.4, 2.4 * rows + 0.8))
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axes, tensor in zip(grid.flat, tensors, strict=False):
-        shades = matplotlib.colormaps["Oranges"](np.linspace(0.45, 0.9, len(panels[tensor])))
-        for shade, curve in zip(shades, panels[tensor], strict=True):
-            x, y = curve.x.detach().cpu(), curve.y.detach().cpu()
-            axes.plot(x, y, color=shade, linewidth=1.4)
-        axes.plot(x, x, "--", color="#555555", linewidth=1)
-        axes.set_title(names[tensor], fontsize=9)
-    for axes in grid.flat[len(tensors) :]:
-        axes.set_visible(False)
+        curves.setdefault(int(profile.label.split(",")[0].split()[1]), []).append(profile)
+    moved = {tensor: max(float((c.y - c.x).abs().max()) for c in found)
+             for tensor, found in curves.items()}
+    tensors = sorted(sorted(curves, key=moved.__getitem__, reverse=True)[:4])
+    figure = Figure(figsize=(2.5 * len(tensors) + 0.6, 4.6))
+    grid = figure.subplots(2, len(tensors), sharex=True, sharey="row", squeeze=False)
+    for (above, below), tensor in zip(grid.T, tensors, strict=True):
+        shades = matplotlib.colormaps["Oranges"](np.linspace(0.45, 0.9, len(curves[tensor])))
+        for shade, curve in zip(shades, curves[tensor], strict=True):
+            x, y = curve.x.cpu(), curve.y.cpu()
+            above.plot(x, y, color=shade)
+            below.plot(x, y - x, color=shade)
+        above.plot(x, x, "--", color="#555555", linewidth=1)
+        below.plot(x, 0 * x, "--", color="#555555", linewidth=1)
+        above.set_title(names[tensor], fontsize=9)
+    grid[0, 0].set_ylabel(r"$\psi(u)$")
+    grid[1, 0].set_ylabel(r"$\psi(u) - u$")
     figure.supxlabel("$u$, in units of the calibrated displacement", fontsize=10)
-    figure.supylabel(r"$\psi(u)$", fontsize=10)
-    figure.suptitle(
-        r"The learned $\psi$ of up to four channels a tensor, and the identity (dashed)",
-        fontsize=11, x=0.01, ha="left",
-    )
+    figure.suptitle(r"The learned $\psi$, up to four channels a tensor, and the identity (dashed)",
+                    fontsize=11, x=0.01, ha="left")
     return figure
 
 
@@ -242,7 +240,7 @@ def episode(trained: list[Trained]) -> Figure:
     config, family, _ = trained[0]
     batch = family.sample("test", 0, 1)
     step = config.horizon[1]
-    panels = [("support", _mosaic(batch.support_x[0], batch.support_y[0], None))]
+    panels = [("given", _mosaic(batch.support_x[0], batch.support_y[0], None))]
     for one in trained:
         predicted = _predict(one, batch, batch.query_x, step)[0].argmax(-1)
         right = predicted == batch.query_y[0]
@@ -257,9 +255,11 @@ def episode(trained: list[Trained]) -> Figure:
         axes.imshow(image, interpolation="nearest")
         axes.set_title(title, fontsize=10)
         axes.set_axis_off()
-    steps = counted(step, "adaptation step")
-    figure.suptitle(f"{config.task}: a new task, a class per row; queries after {steps}, "
-                    "green: right, red: wrong", fontsize=10, x=0.01, ha="left")
+    title = (
+        f"{config.task}: a new task, a class per row. Given: the support set. Queries after "
+        f"{counted(step, 'adaptation step')}, framed green: right, red: wrong"
+    )
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure
 
 

@@ -7,6 +7,7 @@ resumed run takes the very steps that an uninterrupted one takes.
 
 import contextlib
 import dataclasses
+import logging
 import math
 import os
 import random
@@ -40,6 +41,8 @@ from mirror_opt.runs.directory import (
 from mirror_opt.runs.evaluate import evaluate
 
 __all__ = ["decay", "horizon", "open_run", "train"]
+
+_log = logging.getLogger(__name__)
 
 _CLIP = 10.0  # the meta-gradient's norm is cut to this
 _BETAS = (0.9, 0.99)
@@ -149,6 +152,8 @@ def open_run(
         config.check_same(given, out)
         moved = {"data_dir": given["data_dir"]} if "data_dir" in given else {}
         return dataclasses.replace(config, **moved)
+    if resume:
+        _log.warning("%s: no run to go on with, starting one", out)
     if not overwrite:
         check_free(out)
     return RunConfig.create(**given)
@@ -199,6 +204,9 @@ def train(
         first = task.sample("train", 0, config.tasks_per_batch).to(config.device)
         learner.calibrate(task.loss_fn, first.support_x, first.support_y)
     _loop(training, out / CHECKPOINT, save_every)
+    if training.skipped:
+        _log.warning("%s: %d of %d iterations skipped, their meta-gradients were not finite",
+                     config.label, training.skipped, config.iterations)
     losses = [None if math.isnan(loss) else loss for loss in training.losses]
     write_json(out / HISTORY, {"loss": losses, "skipped": training.skipped})
     if (out / RESULTS).exists():

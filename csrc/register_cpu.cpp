@@ -1,0 +1,146 @@
+// The operators of the CPU library: tensors in, loops of the best instruction set, tensors out.
+//
+// Only the stable ABI of LibTorch is used, so that one binary serves torch 2.11 and newer. Shapes
+// and dtypes are checked by the caller (mirror_opt/backends.py).
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <string>
+#include <tuple>
+
+#include "cpu.h"
+
+using torch::stable::Tensor;
+
+namespace {
+
+constexpr int64_t kGrain = 4096;      // elements for which a thread is worth waking
+constexpr int64_t kSegment = 16384;   // elements whose gradients are added up in one go
+
+const InstructionSet* best() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return &avx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2;
+#endif
+  return &portable;
+}
+
+std::atomic<const InstructionSet*> active{best()};
+
+template <class T> const Kernels<T>& kernels();
+template <> const Kernels<float>& kernels() { return active.load()->f32; }
+template <> const Kernels<double>& kernels() { return active.load()->f64; }
+
+template <class T> T* data(const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); }
+
+template <class T>
+Map<T> make_map(const Tensor& u, const Tensor& gain, const Tensor& w, const Tensor& s,
+                const Tensor& c) {
+  return {data<T>(gain), data<T>(w), data<T>(s), data<T>(c), u.size(0), u.size(1), w.size(1),
+          gain.size(0), static_cast<int>(w.size(0))};
+}
+
+template <class F> auto with_dtype(const Tensor& u, const F& f) {
+  return u.scalar_type() == torch::headeronly::ScalarType::Double ? f(double{}) : f(float{});
+}
+
+Tensor forward(Tensor u, Tensor gain, Tensor w, Tensor s, Tensor c) {
+  Tensor out = torch::stable::empty_like(u);
+  with_dtype(u, [&](auto type) {
+    using T = decltype(type);
+    const auto map = make_map<T>(u, gain, w, s, c);
+    torch::stable::parallel_for(0, u.numel(), kGrain, [&](int64_t begin, int64_t end) {
+      kernels<T>().forward(map, data<T>(u), data<T>(out), begin, end);
+    });
+  });
+  return out;
+}
+
+std::tuple<Tensor, int64_t> inverse(Tensor t, Tensor gain, Tensor w, Tensor s, Tensor c) {
+  Tensor out = torch::stable::empty_like(t);
+  std::atomic<int> status{0};
+  with_dtype(t, [&](auto type) {
+    using T = decltype(type);
+    const auto map = make_map<T>(t, gain, w, s, c);
+    torch::stable::parallel_for(0, t.numel(), kGrain, [&](int64_t begin, int64_t end) {
+      const int mine = kernels<T>().inverse(map, data<T>(t), data<T>(out), begin, end);
+      for (int seen = status; seen < mine && !status.compare_exchange_weak(seen, mine);) {}
+    });
+  });
+  return {out, status};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    Tensor grad, Tensor at, Tensor gain, Tensor w, Tensor s, Tensor c, bool inverted) {
+  const auto like = [&](const Tensor& x) { return torch::stable::empty_like(x); };
+  Tensor grad_at = like(at), grad_gain = like(at), grad_w = like(w), grad_s = like(s),
+         grad_c = like(c);
+  with_dtype(at, [&](auto type) {
+    using T = decltype(type);
+    const auto map = make_map<T>(at, gain, w, s, c);
+    const int64_t columns = map.columns, size = map.rows / std::max<int64_t>(columns, 1) * map.n;
+    const int64_t block = w.numel();
+    const int64_t segments = map.n == 1 ? 1 : std::max<int64_t>((size + kSegment - 1) / kSegment, 1);
+    Gradients<T> to{data<T>(grad_at), data<T>(grad_gain), data<T>(grad_w), data<T>(grad_s),
+                    data<T>(grad_c), segments, kSegment};
+    const Tensor scratch = torch::stable::new_empty(w, {segments > 1 ? 3 * segments * block : 0});
+    if (segments > 1) {
+      to.w = data<T>(scratch);
+      to.s = to.w + segments * block;
+      to.c = to.s + segments * block;
+    }
+    const int64_t grain = std::max<int64_t>(kGrain / std::max<int64_t>(std::min(size, kSegment), 1), 1);
+    torch::stable::parallel_for(0, columns * segments, grain, [&](int64_t begin, int64_t end) {
+      auto run = inverted ? kernels<T>().inverse_backward : kernels<T>().backward;
+      run(map, data<T>(grad), data<T>(at), to, begin, end);
+    });
+    if (segments == 1) return;
+    // Always in the same order, whatever the number of threads.
+    T* sums[3] = {data<T>(grad_w), data<T>(grad_s), data<T>(grad_c)};
+    for (int which = 0; which < 3; ++which) {
+      for (int64_t i = 0; i < block; ++i) {
+        double sum = 0;
+        for (int64_t j = 0; j < segments; ++j) sum += to.w[(which * segments + j) * block + i];
+        sums[which][i] = static_cast<T>(sum);
+      }
+    }
+  });
+  return {grad_at, grad_gain, grad_w, grad_s, grad_c};
+}
+
+// The instruction set in use; an empty name leaves it as it is, another selects it.
+std::string instruction_set(std::string name) {
+  for (const InstructionSet* set : {&portable, &avx2, &avx512}) {
+    if (name == set->name) active = set;
+  }
+  return active.load()->name;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(mirror_opt_cpu, m) {
+  m.def("forward(Tensor u, Tensor gain, Tensor w, Tensor s, Tensor c) -> Tensor");
+  m.def("inverse(Tensor t, Tensor gain, Tensor w, Tensor s, Tensor c) -> (Tensor, int)");
+  m.def(
+      "backward(Tensor grad, Tensor at, Tensor gain, Tensor w, Tensor s, Tensor c, bool inverted)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("instruction_set(str name) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mirror_opt_cpu, CPU, m) {
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("inverse", TORCH_BOX(&inverse));
+  m.impl("backward", TORCH_BOX(&backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mirror_opt_cpu, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&instruction_set));
+}
