@@ -25,6 +25,7 @@ template <class T> struct Gradients {
 template <class T> struct Kernels {
   void (*forward)(const Map<T>&, const T* u, T* out, int64_t begin, int64_t end);
   int (*inverse)(const Map<T>&, const T* t, T* out, int64_t begin, int64_t end);  // a Status
+  int (*step)(const Map<T>&, const T* x, const T* g, T lr, T* out, int64_t begin, int64_t end);
   void (*backward)(const Map<T>&, const T* grad, const T* u, const Gradients<T>&, int64_t begin,
                    int64_t end);
   void (*inverse_backward)(const Map<T>&, const T* grad, const T* y, const Gradients<T>&,

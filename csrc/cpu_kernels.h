@@ -85,6 +85,19 @@ int inverse(const Map<T>& map, const T* t, T* out, int64_t begin, int64_t end) {
   return status;
 }
 
+// S^-1(S(x) - lr g). Newton starts from x - lr g / S'(x), which is right to second order in lr.
+template <class T>
+int step(const Map<T>& map, const T* x, const T* g, T lr, T* out, int64_t begin, int64_t end) {
+  int status = kConverged;
+  sweep(map, begin, end, [&](const auto& units, int64_t i, int64_t e, auto lanes) {
+    const Vec<T> u = load(x + i, lanes);
+    const Vec<T> move = lr * load(g + i, lanes) / load(map.gain + e, lanes, T(1));
+    const Point<Vec<T>> point = psi_slope(u, units);
+    store(out + i, solve<T>(point.value - move, u - move / point.slope, units, status), lanes);
+  });
+  return status;
+}
+
 // Gradients of S (or of its inverse, whose value is `at`) for the elements [begin, end) of one
 // column, counted over all rows that share its coefficients.
 template <bool inverted, class T> struct Backward {
@@ -175,7 +188,7 @@ void backward(const Map<T>& map, const T* grad, const T* at, const Gradients<T>&
 }
 
 template <class T> constexpr Kernels<T> table() {
-  return {forward<T>, inverse<T>, backward<false, T>, backward<true, T>};
+  return {forward<T>, inverse<T>, step<T>, backward<false, T>, backward<true, T>};
 }
 
 }  // namespace

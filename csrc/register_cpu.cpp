@@ -64,15 +64,37 @@ Tensor forward(Tensor u, Tensor gain, Tensor w, Tensor s, Tensor c) {
   return out;
 }
 
+// Runs f(begin, end), which returns a Status, over n elements, and returns the worst.
+template <class F> int worst(int64_t n, const F& f) {
+  std::atomic<int> status{0};
+  torch::stable::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
+    const int mine = f(begin, end);
+    for (int seen = status; seen < mine && !status.compare_exchange_weak(seen, mine);) {}
+  });
+  return status;
+}
+
 std::tuple<Tensor, int64_t> inverse(Tensor t, Tensor gain, Tensor w, Tensor s, Tensor c) {
   Tensor out = torch::stable::empty_like(t);
-  std::atomic<int> status{0};
-  with_dtype(t, [&](auto type) {
+  const int64_t status = with_dtype(t, [&](auto type) {
     using T = decltype(type);
     const auto map = make_map<T>(t, gain, w, s, c);
-    torch::stable::parallel_for(0, t.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      const int mine = kernels<T>().inverse(map, data<T>(t), data<T>(out), begin, end);
-      for (int seen = status; seen < mine && !status.compare_exchange_weak(seen, mine);) {}
+    return worst(t.numel(), [&](int64_t begin, int64_t end) {
+      return kernels<T>().inverse(map, data<T>(t), data<T>(out), begin, end);
+    });
+  });
+  return {out, status};
+}
+
+std::tuple<Tensor, int64_t> step(Tensor x, Tensor g, double lr, Tensor gain, Tensor w, Tensor s,
+                                 Tensor c) {
+  Tensor out = torch::stable::empty_like(x);
+  const int64_t status = with_dtype(x, [&](auto type) {
+    using T = decltype(type);
+    const auto map = make_map<T>(x, gain, w, s, c);
+    return worst(x.numel(), [&](int64_t begin, int64_t end) {
+      return kernels<T>().step(map, data<T>(x), data<T>(g), static_cast<T>(lr), data<T>(out),
+                               begin, end);
     });
   });
   return {out, status};
@@ -130,6 +152,9 @@ STABLE_TORCH_LIBRARY(mirror_opt_cpu, m) {
   m.def("forward(Tensor u, Tensor gain, Tensor w, Tensor s, Tensor c) -> Tensor");
   m.def("inverse(Tensor t, Tensor gain, Tensor w, Tensor s, Tensor c) -> (Tensor, int)");
   m.def(
+      "step(Tensor x, Tensor g, float lr, Tensor gain, Tensor w, Tensor s, Tensor c)"
+      " -> (Tensor, int)");
+  m.def(
       "backward(Tensor grad, Tensor at, Tensor gain, Tensor w, Tensor s, Tensor c, bool inverted)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("instruction_set(str name) -> str");
@@ -138,6 +163,7 @@ STABLE_TORCH_LIBRARY(mirror_opt_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(mirror_opt_cpu, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("inverse", TORCH_BOX(&inverse));
+  m.impl("step", TORCH_BOX(&step));
   m.impl("backward", TORCH_BOX(&backward));
 }
 

@@ -115,7 +115,7 @@ template <class T> MIRROR_FN Vec<T> load(const T* p, int count, T fill) {
 // step of Newton's method, or of Halley's, brings them to within 2 units in the last place.
 MIRROR_FN Vec<float> rsqrt(Vec<float> d) {
 #if defined(__AVX512F__)
-  Vec<float> r = (Vec<float>)_mm512_rsqrt14_ps((__m512)d);
+  Vec<float> r = (Vec<float>)_mm512_maskz_rsqrt14_ps((__mmask16)-1, (__m512)d);
   return r * (1.5f - (0.5f * d) * (r * r));
 #elif defined(__AVX2__)
   Vec<float> r = (Vec<float>)_mm256_rsqrt_ps((__m256)d);

@@ -35,10 +35,13 @@ __all__ = [
     "Coefficients",
     "any_true",
     "coefficients",
+    "load_unit",
     "psi",
     "psi_and_slope",
+    "reciprocal",
     "sigmoid_sums",
     "solve",
+    "solve_near",
 ]
 
 # The interpreter has no PTX, nor do AMD's GPUs: there Triton's own functions serve.
@@ -49,8 +52,8 @@ _PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is 
 _EPS = tl.constexpr(1.1920929e-07)
 _TINY = tl.constexpr(1.1754944e-38)
 _INF = tl.constexpr(float("inf"))
-# As newton.solve_monotone: a few units in the last place, relative to |t| + W.
-_TOLERANCE = tl.constexpr(8 * 1.1920929e-07)
+# A few units in the last place, relative to |t| + W.
+_TOLERANCE = tl.constexpr(4 * 1.1920929e-07)
 _MAX_ITERATIONS = tl.constexpr(100)
 _LARGEST_ARGUMENT = tl.constexpr(1e18)
 # Half the largest |sigma''| (at t = 1/2) and a sixth of the largest |sigma'''| (at t = 0).
@@ -81,7 +84,7 @@ def _rsqrt(x):
 
 
 @triton.jit
-def _reciprocal(x):
+def reciprocal(x):
     """1 / x to a unit in the last place; infinite for a denormal x."""
     if _PTX:
         return tl.inline_asm_elementwise(
@@ -97,6 +100,16 @@ def any_true(mask):
 
 
 @triton.jit
+def load_unit(w_ptr, s_ptr, c_ptr, k, channel, channels):
+    """(w, s, b) of unit k for a channel, or a block of channels, out of ``(K, channels)``."""
+    at = k * channels + channel
+    s = tl.load(s_ptr + at)
+    b = -s * tl.load(c_ptr + at)
+    b = tl.minimum(tl.maximum(b, -_LARGEST_ARGUMENT), _LARGEST_ARGUMENT)
+    return tl.load(w_ptr + at), s, b
+
+
+@triton.jit
 def coefficients(w_ptr, s_ptr, c_ptr, channel, channels, K: tl.constexpr):
     """The ``Coefficients`` of a channel, or a block of channels, out of ``(K, channels)``."""
     units = ()
@@ -106,10 +119,7 @@ def coefficients(w_ptr, s_ptr, c_ptr, channel, channels, K: tl.constexpr):
     m2 = 0.0
     m3 = 0.0
     for k in tl.static_range(K):
-        w = tl.load(w_ptr + k * channels + channel)
-        s = tl.load(s_ptr + k * channels + channel)
-        c = tl.load(c_ptr + k * channels + channel)
-        b = tl.minimum(tl.maximum(-s * c, -_LARGEST_ARGUMENT), _LARGEST_ARGUMENT)
+        w, s, b = load_unit(w_ptr, s_ptr, c_ptr, k, channel, channels)
         units = units + ((w, s, b),)
         # The same operations as in psi, so that psi(0) is exactly 0.
         offset = w * _rsqrt(b * b + 1.0) * b + offset
@@ -167,60 +177,64 @@ def sigmoid_sums(u, q, unit, p):
 def solve(t, x, excess, slope, p):
     """The y with psi(y) = t, from a start x with excess = psi(x) - t and slope = psi'(x).
 
-    Returns:
-        (y, good): a y that is not good is not the solution, and NaN where the input is not finite.
+    Infinite where the iteration limit was reached, NaN where the input is not finite. (Failure is
+    a value of y, and every test is made where it is used: flags that live across branches would
+    cost more instructions than the tests.)
     """
     allowed = (tl.abs(t) + p.span) * _TOLERANCE
-    step = excess * _reciprocal(slope)
+    step = excess * reciprocal(slope)
     y = x - step
     square = step * step
-    good = p.m2 * square <= allowed
-    if any_true(good == 0):
+    # Not "greater", which a NaN is not either.
+    if any_true((p.m2 * square <= allowed) == 0):
         residual = psi(y, p) - t
-        more = step * residual * _reciprocal(excess - 2.0 * residual)
+        more = step * residual * reciprocal(excess - 2.0 * residual)
         size = tl.abs(more)
-        # False also for the NaN of an element that has nothing left to do.
-        moves = (good == 0) & (size <= tl.abs(step))
-        y = tl.where(moves, y - more, y)
-        good = good | (moves & (size * (p.m2 * size + p.m3 * square) <= allowed))
+        # Where nothing is left to do, that ratio is one of rounding errors.
+        y = tl.where(size <= tl.abs(step), y - more, y)
+        good = (p.m2 * square <= allowed) | (size * (p.m2 * size + p.m3 * square) <= allowed)
         if any_true(good == 0):
-            y, good = _solve_in_bracket(t, y, good, allowed, p)
-    # An infinite target makes every bound above vacuous.
-    y = tl.where(tl.abs(t) < _INF, y, t - t)
-    return y, good & (tl.abs(y) < _INF)
+            y = _solve_in_bracket(t, y, tl.where(good, _INF, allowed), p)
+    # An infinite target makes the bounds vacuous: 0 t is NaN then.
+    return t * 0.0 + y
 
 
 @triton.jit
-def _solve_in_bracket(t, y, done, allowed, p):
-    """newton.solve_monotone for the elements that are not done, from y."""
+def solve_near(t, x, p):
+    """The y with psi(y) = t, from a start x; as ``solve``."""
+    value, slope = psi_and_slope(x, p)
+    return solve(t, x, value - t, slope, p)
+
+
+@triton.jit
+def _solve_in_bracket(t, y, allowed, p):
+    """newton.solve_monotone, for the elements whose allowed residual is finite."""
     width = 1.05 * p.span + tl.abs(t) * (4.0 * _EPS) + _TINY
     lower = t - width
     upper = t + width
-    y = tl.where(done, y, tl.minimum(tl.maximum(y, lower), upper))
+    y = tl.where(allowed < _INF, tl.minimum(tl.maximum(y, lower), upper), y)
     previous = tl.full(t.shape, _INF, tl.float32)
-    bisected = done
     iteration = 0
     active = 1
     while active > 0:
         value, slope = psi_and_slope(y, p)
         residual = value - t
         size = tl.abs(residual)
-        newton = y - residual * _reciprocal(slope)
-        # One more step is enough where its certificate says so, none where the residual is small
-        # or the bracket down to neighbouring floats. A NaN never improves: it is done, as NaN.
-        last = (done == 0) & (p.m2 * (newton - y) * (newton - y) <= allowed)
-        narrow = upper - lower <= tl.abs(y) * (4.0 * _EPS) + _TINY
-        lost = residual != residual
-        done = done | last | (size <= allowed) | narrow | lost
+        newton = y - residual * reciprocal(slope)
         lower = tl.where(residual < 0.0, y, lower)
         upper = tl.where(residual > 0.0, y, upper)
-        # Newton can cycle inside the bracket: after a step that did not halve the residual, and
-        # when it leaves the bracket, bisect.
-        trusted = (bisected | (size <= 0.5 * previous)) & (newton > lower) & (newton < upper)
-        step = tl.where(trusted, newton, lower + 0.5 * (upper - lower))
-        y = tl.where(last, newton, tl.where(lost, residual, tl.where(done, y, step)))
-        bisected = trusted == 0
-        previous = size
+        # Done: a residual small enough, or a bracket down to neighbouring floats; a NaN, which
+        # never improves; or a Newton step of which its certificate says that it is the last.
+        lost = residual != residual
+        settled = (size <= allowed) | (upper - lower <= tl.abs(y) * (4.0 * _EPS) + _TINY)
+        last = p.m2 * (newton - y) * (newton - y) <= allowed
+        # Newton can cycle inside the bracket: bisect when it leaves the bracket, and after a step
+        # that did not halve the residual, once.
+        trusted = (size <= 0.5 * previous) & (newton > lower) & (newton < upper)
+        previous = tl.where(trusted, size, _INF)
+        trial = tl.where(last | trusted, newton, lower + 0.5 * (upper - lower))
+        y = tl.where(lost, residual, tl.where(settled, y, trial))
+        allowed = tl.where(lost | settled | last, _INF, allowed)
         iteration += 1
-        active = tl.max((done == 0).to(tl.int32)) * (iteration < _MAX_ITERATIONS).to(tl.int32)
-    return y, done
+        active = (iteration < _MAX_ITERATIONS).to(tl.int32) * tl.max((allowed < _INF).to(tl.int32))
+    return tl.where(allowed < _INF, _INF, y)

@@ -20,10 +20,13 @@ from mirror_opt.errors import InputError
 from mirror_opt.kernels.device import (
     any_true,
     coefficients,
+    load_unit,
     psi,
     psi_and_slope,
+    reciprocal,
     sigmoid_sums,
     solve,
+    solve_near,
 )
 
 __all__ = [
@@ -91,7 +94,7 @@ def _load_gain(gain_ptr, channel, at, inside, GAIN: tl.constexpr):
     elif GAIN == _CHANNEL:
         return tl.load(gain_ptr + channel)
     else:
-        return 1.0
+        return tl.full((), 1.0, tl.float32)
 
 
 @triton.jit
@@ -100,14 +103,14 @@ def _load(ptr, at, inside):
 
 
 @triton.jit
-def _store_solved(out_ptr, status_ptr, at, inside, y, good):
-    """Stores y, or NaN and the status where it is not good."""
-    failed = inside & (good == 0)
-    if any_true(failed):
-        # Finite, but not there: the iteration limit. As newton.Status.
-        code = tl.where(tl.abs(y) < float("inf"), 1, 2)
-        tl.atomic_max(status_ptr, tl.max(tl.where(failed, code, 0)))
-        y = tl.where(good, y, float("nan"))
+def _store_solved(out_ptr, status_ptr, at, inside, y):
+    """Stores y; where it is not finite NaN, and the status."""
+    if any_true((tl.abs(y) < float("inf")) == 0):
+        # As newton.Status; see ``solve`` for what tells one from the other.
+        code = tl.where(y != y, 2, 1)
+        code = tl.where(tl.abs(y) < float("inf"), 0, code)
+        tl.atomic_max(status_ptr, tl.max(code))
+        y = tl.where(tl.abs(y) < float("inf"), y, float("nan"))
     tl.store(out_ptr + at, y, mask=inside)
 
 
@@ -132,21 +135,20 @@ def _map_kernel(
         if KIND == _FORWARD:
             tl.store(out_ptr + at, gain * psi(x, p), mask=inside)
         elif KIND == _INVERSE:
-            t = x / gain
-            value, slope = psi_and_slope(t, p)
-            y, good = solve(t, t, value - t, slope, p)
-            _store_solved(out_ptr, status_ptr, at, inside, y, good)
+            # Without a better start: |psi(t) - t| is bounded.
+            t = x * reciprocal(gain)
+            y = solve_near(t, t, p)
+            _store_solved(out_ptr, status_ptr, at, inside, y)
         elif KIND == _PRIMAL:
-            excess = rate * _load(g_ptr, at, inside) / gain
+            excess = rate * _load(g_ptr, at, inside) * reciprocal(gain)
             value, slope = psi_and_slope(x, p)
-            y, good = solve(value - excess, x, excess, slope, p)
-            _store_solved(out_ptr, status_ptr, at, inside, y, good)
+            y = solve(value - excess, x, excess, slope, p)
+            _store_solved(out_ptr, status_ptr, at, inside, y)
         else:
-            t = x / gain
-            value, slope = psi_and_slope(t, p)
-            z, good = solve(t, t, value - t, slope, p)
+            t = x * reciprocal(gain)
+            z = solve_near(t, t, p)
             y = gain * psi(z - rate * _load(g_ptr, at, inside), p)
-            _store_solved(out_ptr, status_ptr, at, inside, y, good & (tl.abs(y) < float("inf")))
+            _store_solved(out_ptr, status_ptr, at, inside, y)
 
 
 @triton.jit
@@ -193,9 +195,7 @@ def _backward_kernel(
             grad_z = q / gain
             grad_gain = grad_z * rate * g / gain
         else:
-            t = x / gain
-            value, slope = psi_and_slope(t, p)
-            b, good = solve(t, t, value - t, slope, p)
+            b = solve_near(x / gain, x / gain, p)
             a = b - rate * g
             value_a, slope_a = psi_and_slope(a, p)
             value_b, slope_b = psi_and_slope(b, p)
@@ -222,10 +222,12 @@ def _backward_kernel(
     if KIND == _PRIMAL or KIND == _DUAL:
         qb = tl.where(inside, qb, 0.0)
         weight = qa + qb
-    for k in tl.static_range(K):
-        value, slope, moment = sigmoid_sums(a, qa, p.units[k], p)
+    # Not unrolled: the sums of all units in flight at once would spill.
+    for k in range(K):
+        unit = load_unit(w_ptr, s_ptr, c_ptr, k, channel, C)
+        value, slope, moment = sigmoid_sums(a, qa, unit, p)
         if KIND == _PRIMAL or KIND == _DUAL:
-            value_b, slope_b, moment_b = sigmoid_sums(b, qb, p.units[k], p)
+            value_b, slope_b, moment_b = sigmoid_sums(b, qb, unit, p)
             value += value_b
             slope += slope_b
             moment += moment_b

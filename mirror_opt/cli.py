@@ -101,7 +101,7 @@ def _maps(arguments: argparse.Namespace) -> None:
         # On points of a simplex, where every map is defined.
         mirror_map = maps.create(name, [torch.full((2, 2), 0.5)])
         if not cls.is_dgf:
-            lines.append((name, "-", "-", "-", "-", f"{cls.summary} (not a DGF)"))
+            lines.append((name, "-", "-", "-", "-", cls.summary))
             continue
         lines.append((
             name,

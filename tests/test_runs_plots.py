@@ -28,20 +28,11 @@ def pixels(path):
         return np.asarray(image.convert("RGB"))
 
 
-@pytest.mark.parametrize(
-    ("task", "options", "last"),
-    [
-        ("sinusoid", {"shots": 4}, "fits.png"),
-        ("glyphs", {"ways": 2, "shots": 2, "filters": 2}, "episodes.png"),
-    ],
-)
-def test_every_picture_of_a_comparison(tmp_path, task, options, last):
-    configs = open_comparison(
-        tmp_path, {"task": task, "train_steps": 2, **TINY, **options}, ("maml", "mirror")
-    )
-    compare(configs, tmp_path)
+def test_every_picture_of_a_comparison(tmp_path):
+    given = {"task": "sinusoid", "shots": 4, "train_steps": 2, **TINY}
+    compare(open_comparison(tmp_path, given, ("maml", "mirror")), tmp_path)
     written = plots.draw(tmp_path)
-    names = {"adaptation.png", "training.png", last}
+    names = {"adaptation.png", "training.png", "fits.png"}
     assert {os.path.relpath(path, tmp_path) for path in written} == {
         *names, "map.png",
         *(os.path.join("maml", name) for name in names),
@@ -49,6 +40,26 @@ def test_every_picture_of_a_comparison(tmp_path, task, options, last):
     }
     for path in written:
         assert pixels(path).std() > 5, path  # not blank
+
+
+def test_every_picture_of_a_run_on_images(tmp_path):
+    train(RunConfig.create("glyphs", "mirror", ways=2, shots=2, filters=2, **TINY), tmp_path)
+    written = plots.draw(tmp_path)
+    assert {path.name for path in written} == {
+        "adaptation.png", "training.png", "map.png", "episodes.png",
+    }
+    # Frames of right and wrong queries: every one has one of the two colours.
+    found = {tuple(pixel) for pixel in pixels(tmp_path / "episodes.png").reshape(-1, 3)}
+    assert found & {(0, 158, 115), (213, 94, 0)}
+
+
+@pytest.mark.parametrize(
+    ("task", "options"), [("sinusoid", {}), ("glyphs", {"ways": 2, "filters": 2})]
+)
+def test_a_run_that_diverged_is_drawn_too(tmp_path, task, options):
+    config = RunConfig.create(task, "maml", **TINY, **options, lr=1e30, guard="off")
+    train(config, tmp_path)
+    assert len(plots.draw(tmp_path)) == 3
 
 
 def test_a_picture_is_of_the_saved_rows(tmp_path):

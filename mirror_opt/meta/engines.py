@@ -11,6 +11,7 @@ called (``_Precomputed``).
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -90,11 +91,6 @@ class _Precomputed(torch.autograd.Function):
         return None, None, *(grad_value * g for g in ctx.saved_tensors)
 
 
-def _with_leaves(inner: InnerLoop, leaves: Sequence[Tensor], spec: pytree.TreeSpec) -> InnerLoop:
-    return InnerLoop(inner.model, inner.mirror_map, inner.names, *pytree.tree_unflatten(
-        list(leaves), spec), inner.horizon)
-
-
 def mean_loss(
     engine: str, function: TaskFn, inner: InnerLoop, tasks: Sequence[Tensor], skip: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +127,11 @@ def mean_loss(
         full = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
         for i, value in zip(wanted, values, strict=True):
             full[i] = value
-        query, support = function(_with_leaves(inner, full, spec), *task)
+        init, frozen, coefficients, rates = pytree.tree_unflatten(full, spec)
+        at = replace(
+            inner, init=init, frozen=frozen, coefficients=coefficients, rates=rates
+        )
+        query, support = function(at, *task)
         return query, (query.detach(), support.detach())
 
     gradient = torch.func.grad(task_loss, has_aux=True)

@@ -51,6 +51,7 @@ class InnerLoop:
         coefficients: ``mirror_map.coefficients()``, computed once for all tasks and steps.
         rates: ``(K,)`` step sizes; later steps use the last.
         horizon: K, the number of steps that the meta-parameters were trained for.
+        functional: take gradients by ``torch.func``, as ``vmap`` needs, instead of by autograd.
     """
 
     model: nn.Module
@@ -61,6 +62,7 @@ class InnerLoop:
     coefficients: Any
     rates: Tensor
     horizon: int
+    functional: bool
 
     def predict(self, params: Sequence[Tensor], x: Tensor) -> Tensor:
         """The network's output for adapted parameters."""
@@ -94,12 +96,22 @@ class InnerLoop:
     def gradient(
         self, params: Sequence[Tensor], loss_fn: LossFn, x: Tensor, y: Tensor
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The support gradient and the support loss at ``params``."""
+        """The support gradient and the support loss at ``params``; constants under ``no_grad``."""
 
         def loss(params: tuple[Tensor, ...]) -> Tensor:
             return loss_fn(self.predict(params, x), y)
 
-        return torch.func.grad_and_value(loss)(tuple(params))
+        if self.functional:
+            return torch.func.grad_and_value(loss)(tuple(params))
+        # Outside vmap plain autograd is cheaper: no dispatch of transforms around every operation.
+        tracked = torch.is_grad_enabled()
+        with torch.enable_grad():
+            at = params if tracked else [p.detach().requires_grad_() for p in params]
+            value = loss(tuple(at))
+            gradient = torch.autograd.grad(
+                value, at, create_graph=tracked, allow_unused=True, materialize_grads=True
+            )
+        return gradient, value if tracked else value.detach()
 
     def run(
         self,

@@ -211,6 +211,7 @@ class MetaLearner(nn.Module):
             self.mirror_map.coefficients(),
             self.log_lr.exp(),
             self.steps,
+            functional=choose_engine(self.engine, self.model, self.mirror_map) == "vmap",
         )
 
     # Adaptation.

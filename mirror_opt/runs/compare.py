@@ -1,5 +1,6 @@
 r"""Comparison: several methods, the same initialisation, tasks and budget, one table."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from mirror_opt.runs.directory import CONFIG, RESULTS, check_free, clear, read_j
 from mirror_opt.runs.train import train
 
 __all__ = ["METHODS", "compare", "open_comparison"]
+
+_log = logging.getLogger(__name__)
 
 METHODS = ("maml", "meta-curvature", "mirror")
 
@@ -54,6 +57,8 @@ def open_comparison(
         for config in configs:
             config.check_same(_for(config.method, given), out)
         return configs
+    if resume:
+        _log.warning("%s: no comparison to go on with, starting one", out)
     methods = METHODS if methods is None else methods
     if not overwrite:
         for directory in (out, *(out / name for name in methods)):

@@ -19,7 +19,7 @@ from torch import Tensor
 from mirror_opt import fewshot
 from mirror_opt.fewshot import Episodes, TaskFamily
 from mirror_opt.maps import Profile
-from mirror_opt.meta import MetaLearner
+from mirror_opt.meta import MetaLearner, NonFiniteLoss
 from mirror_opt.runs import results
 from mirror_opt.runs.config import RunConfig
 from mirror_opt.runs.directory import HISTORY, RESULTS, read_json, write_bytes
@@ -240,24 +240,24 @@ def episode(trained: list[Trained]) -> Figure:
     config, family, _ = trained[0]
     batch = family.sample("test", 0, 1)
     step = config.horizon[1]
-    panels = [("given", _mosaic(batch.support_x[0], batch.support_y[0], None))]
+    panels = [("support", _mosaic(batch.support_x[0], batch.support_y[0], None))]
     for one in trained:
-        predicted = _predict(one, batch, batch.query_x, step)[0].argmax(-1)
-        right = predicted == batch.query_y[0]
+        logits = _predict(one, batch, batch.query_x, step)[0]
+        right = (logits.argmax(-1) == batch.query_y[0]) & logits.isfinite().all(-1)
         title = f"{one[0].label}: {100 * float(right.float().mean()):.0f}%"
         panels.append((title, _mosaic(batch.query_x[0], batch.query_y[0], right)))
     widths = [image.shape[1] / panels[1][1].shape[1] for _, image in panels]
     height = 4.0 * panels[1][1].shape[0] / panels[1][1].shape[1]
-    figure = Figure(figsize=(4.0 * sum(widths), height + 0.5))
+    figure = Figure(figsize=(4.0 * sum(widths), height + 0.7))
     figure.get_layout_engine().set(wspace=0.03)
     grid = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)
     for axes, (title, image) in zip(grid[0], panels, strict=True):
         axes.imshow(image, interpolation="nearest")
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title, fontsize=9)
         axes.set_axis_off()
     title = (
-        f"{config.task}: a new task, a class per row. Given: the support set. Queries after "
-        f"{counted(step, 'adaptation step')}, framed green: right, red: wrong"
+        f"{config.task}: a new task, a class per row\n"
+        f"queries after {counted(step, 'adaptation step')}, framed green: right, red: wrong"
     )
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure
@@ -270,12 +270,20 @@ def _styled() -> Iterator[None]:
 
 
 def _predict(trained: Trained, batch: Episodes, x: Tensor, steps: int) -> Tensor:
-    r"""Predictions on ``x`` ``(tasks, n, ...)`` after ``steps`` on the batch's support sets."""
+    r"""Predictions on ``x`` ``(tasks, n, ...)`` after ``steps`` on the batch's support sets.
+
+    NaN where a task diverged: no curve, and no query right.
+    """
     config, task, learner = trained
     batch = batch.to(config.device)
-    with torch.no_grad():
-        adapted = learner.adapt_batch(task.loss_fn, batch.support_x, batch.support_y, steps=steps)
-        return adapted(x.to(config.device)).cpu()
+    try:
+        with torch.no_grad():
+            adapted = learner.adapt_batch(
+                task.loss_fn, batch.support_x, batch.support_y, steps=steps
+            )
+            return adapted(x.to(config.device)).cpu()
+    except NonFiniteLoss:
+        return torch.full((*x.shape[:2], task.output_size), math.nan)
 
 
 def _log(axes: Axes) -> None:
