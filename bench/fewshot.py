@@ -41,8 +41,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "maml": {"method": "maml"},
     "meta-sgd": {"method": "meta-sgd"},
     "meta-curvature": {"method": "meta-curvature"},
-    "mirror": {"method": "mirror"},
-    "mirror, psi linear": {"method": "mirror", "map_options": {"units": 0}},
+    "mirror": {"method": "mirror", "map_options": {"terms": 1}},
+    "mirror, psi linear": {"method": "mirror", "map_options": {"terms": 1, "units": 0}},
+    "mirror, 4 terms": {"method": "mirror", "map_options": {"terms": 4}},
 }
 
 _OMNIGLOT = {
@@ -162,7 +163,8 @@ def main() -> None:
         extra = {
             "stage": arguments.stage, "variant": variant, "lr": config.lr,
             "init_lr": config.init_lr, "map_lr": config.map_lr, "queries": config.queries,
-            "filters": config.filters, "revision": revision(),
+            "filters": config.filters, "map_options": config.map_options,
+            "revision": revision(),
         }
         add_rows(file, [{**row, **extra} for row in rows])
         at = next(r for r in rows if r["adapt_steps"] == config.horizon[1])

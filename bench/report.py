@@ -23,7 +23,7 @@ PARTS: dict[str, Callable[[], str]] = {}
 MARK = re.compile(r"(<!-- rows: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COLOURS = {
     "maml": "#56b4e9", "meta-sgd": "#009e73", "meta-curvature": "#e69f00",
-    "mirror": "#d55e00", "mirror, psi linear": "#cc79a7",
+    "mirror": "#d55e00", "mirror, psi linear": "#cc79a7", "mirror, 4 terms": "#0072b2",
 }
 PENDING = "*No rows yet: run the command above.*"
 

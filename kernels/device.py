@@ -56,6 +56,9 @@ _INF = tl.constexpr(float("inf"))
 _TOLERANCE = tl.constexpr(4 * 1.1920929e-07)
 _MAX_ITERATIONS = tl.constexpr(100)
 _LARGEST_ARGUMENT = tl.constexpr(1e18)
+# So many units are unrolled and kept in registers; more are loaded again in a loop, since code of
+# which a GPU caches little and compilers take long to make is no gain.
+_IN_REGISTERS = tl.constexpr(8)
 # Half the largest |sigma''| (at t = 1/2) and a sixth of the largest |sigma'''| (at t = 0).
 _CURVATURE = tl.constexpr(0.4294)
 _THIRD = tl.constexpr(0.5)
@@ -64,11 +67,11 @@ _THIRD = tl.constexpr(0.5)
 class Coefficients(NamedTuple):
     """The units of psi for one channel, or a block of channels, and the bounds of psi there."""
 
-    units: Any  # K triples (w, s, b)
+    units: Any  # K triples (w, s, b), or where to load them from
     offset: Any  # sum w sigma(b) keeps the origin fixed
     span: Any  # |psi(u) - u| <= span
     reach: Any  # beyond, every sigma is saturated
-    m2: Any
+    m2: Any  # the bounds of the certificates, over the tolerance
     m3: Any
 
 
@@ -110,24 +113,41 @@ def load_unit(w_ptr, s_ptr, c_ptr, k, channel, channels):
 
 
 @triton.jit
+def _bound(sums, unit):
+    """The sums behind the ``Coefficients`` with one more unit."""
+    offset, span, steepest, m2, m3 = sums
+    w, s, b = unit
+    # The same operations as in psi, so that psi(0) is exactly 0.
+    offset = w * _rsqrt(b * b + 1.0) * b + offset
+    size = tl.abs(w)
+    bend = size * s * s
+    m2 = bend * (_CURVATURE / _TOLERANCE) + m2
+    m3 = bend * s * (_THIRD / _TOLERANCE) + m3
+    return offset, 2.0 * size + span, tl.maximum(steepest, s), m2, m3
+
+
+@triton.jit
 def coefficients(w_ptr, s_ptr, c_ptr, channel, channels, K: tl.constexpr):
     """The ``Coefficients`` of a channel, or a block of channels, out of ``(K, channels)``."""
-    units = ()
-    offset = 0.0
-    span = 0.0
-    steepest = 1e-20
-    m2 = 0.0
-    m3 = 0.0
-    for k in tl.static_range(K):
-        w, s, b = load_unit(w_ptr, s_ptr, c_ptr, k, channel, channels)
-        units = units + ((w, s, b),)
-        # The same operations as in psi, so that psi(0) is exactly 0.
-        offset = w * _rsqrt(b * b + 1.0) * b + offset
-        span = 2.0 * tl.abs(w) + span
-        steepest = tl.maximum(steepest, s)
-        m2 = tl.abs(w) * _CURVATURE * s * s + m2
-        m3 = tl.abs(w) * _THIRD * s * s * s + m3
+    sums = (channel * 0.0, channel * 0.0, channel * 0.0 + 1e-20, channel * 0.0, channel * 0.0)
+    if K <= _IN_REGISTERS:
+        units = ()
+        for k in tl.static_range(K):
+            unit = load_unit(w_ptr, s_ptr, c_ptr, k, channel, channels)
+            units = units + (unit,)
+            sums = _bound(sums, unit)
+    else:
+        units = (w_ptr, s_ptr, c_ptr, channel, channels)
+        for k in range(K):
+            sums = _bound(sums, load_unit(w_ptr, s_ptr, c_ptr, k, channel, channels))
+    offset, span, steepest, m2, m3 = sums
     return Coefficients(units, offset, span, 1.0 / steepest * _LARGEST_ARGUMENT, m2, m3)
+
+
+@triton.jit
+def _reload(p, k):
+    w_ptr, s_ptr, c_ptr, channel, channels = p.units
+    return load_unit(w_ptr, s_ptr, c_ptr, k, channel, channels)
 
 
 @triton.jit
@@ -136,30 +156,47 @@ def _within(u, reach):
 
 
 @triton.jit
-def psi(u, p):
+def _add_value(total, v, unit):
+    w, s, b = unit
+    t = s * v + b
+    return w * _rsqrt(t * t + 1.0) * t + total
+
+
+@triton.jit
+def _add_value_and_slope(total, slope, v, unit):
+    w, s, b = unit
+    t = s * v + b
+    r = _rsqrt(t * t + 1.0)
+    wr = w * r
+    return wr * t + total, s * (wr * (r * r)) + slope
+
+
+@triton.jit
+def psi(u, p, K: tl.constexpr):
     """psi(u)."""
     v = _within(u, p.reach)
     total = tl.zeros_like(u)
-    for k in tl.static_range(len(p.units)):
-        w, s, b = p.units[k]
-        t = s * v + b
-        total = w * _rsqrt(t * t + 1.0) * t + total
+    if K <= _IN_REGISTERS:
+        for k in tl.static_range(K):
+            total = _add_value(total, v, p.units[k])
+    else:
+        for k in tl.range(0, K, loop_unroll_factor=4):
+            total = _add_value(total, v, _reload(p, k))
     return u + (total - p.offset)
 
 
 @triton.jit
-def psi_and_slope(u, p):
+def psi_and_slope(u, p, K: tl.constexpr):
     """psi(u) and psi'(u)."""
     v = _within(u, p.reach)
     total = tl.zeros_like(u)
     slope = total + 1.0
-    for k in tl.static_range(len(p.units)):
-        w, s, b = p.units[k]
-        t = s * v + b
-        r = _rsqrt(t * t + 1.0)
-        wr = w * r
-        total = wr * t + total
-        slope = s * (wr * (r * r)) + slope
+    if K <= _IN_REGISTERS:
+        for k in tl.static_range(K):
+            total, slope = _add_value_and_slope(total, slope, v, p.units[k])
+    else:
+        for k in tl.range(0, K, loop_unroll_factor=4):
+            total, slope = _add_value_and_slope(total, slope, v, _reload(p, k))
     return u + (total - p.offset), slope
 
 
@@ -174,40 +211,40 @@ def sigmoid_sums(u, q, unit, p):
 
 
 @triton.jit
-def solve(t, x, excess, slope, p):
+def solve(t, x, excess, slope, p, K: tl.constexpr):
     """The y with psi(y) = t, from a start x with excess = psi(x) - t and slope = psi'(x).
 
     Infinite where the iteration limit was reached, NaN where the input is not finite. (Failure is
     a value of y, and every test is made where it is used: flags that live across branches would
     cost more instructions than the tests.)
     """
-    allowed = (tl.abs(t) + p.span) * _TOLERANCE
+    allowed = tl.abs(t) + p.span  # times the tolerance, which m2 and m3 are divided by
     step = excess * reciprocal(slope)
     y = x - step
     square = step * step
     # Not "greater", which a NaN is not either.
     if any_true((p.m2 * square <= allowed) == 0):
-        residual = psi(y, p) - t
+        residual = psi(y, p, K) - t
         more = step * residual * reciprocal(excess - 2.0 * residual)
         size = tl.abs(more)
         # Where nothing is left to do, that ratio is one of rounding errors.
         y = tl.where(size <= tl.abs(step), y - more, y)
         good = (p.m2 * square <= allowed) | (size * (p.m2 * size + p.m3 * square) <= allowed)
         if any_true(good == 0):
-            y = _solve_in_bracket(t, y, tl.where(good, _INF, allowed), p)
+            y = _solve_in_bracket(t, y, tl.where(good, _INF, allowed * _TOLERANCE), p, K)
     # An infinite target makes the bounds vacuous: 0 t is NaN then.
     return t * 0.0 + y
 
 
 @triton.jit
-def solve_near(t, x, p):
+def solve_near(t, x, p, K: tl.constexpr):
     """The y with psi(y) = t, from a start x; as ``solve``."""
-    value, slope = psi_and_slope(x, p)
-    return solve(t, x, value - t, slope, p)
+    value, slope = psi_and_slope(x, p, K)
+    return solve(t, x, value - t, slope, p, K)
 
 
 @triton.jit
-def _solve_in_bracket(t, y, allowed, p):
+def _solve_in_bracket(t, y, allowed, p, K: tl.constexpr):
     """newton.solve_monotone, for the elements whose allowed residual is finite."""
     width = 1.05 * p.span + tl.abs(t) * (4.0 * _EPS) + _TINY
     lower = t - width
@@ -217,7 +254,7 @@ def _solve_in_bracket(t, y, allowed, p):
     iteration = 0
     active = 1
     while active > 0:
-        value, slope = psi_and_slope(y, p)
+        value, slope = psi_and_slope(y, p, K)
         residual = value - t
         size = tl.abs(residual)
         newton = y - residual * reciprocal(slope)
@@ -227,7 +264,7 @@ def _solve_in_bracket(t, y, allowed, p):
         # never improves; or a Newton step of which its certificate says that it is the last.
         lost = residual != residual
         settled = (size <= allowed) | (upper - lower <= tl.abs(y) * (4.0 * _EPS) + _TINY)
-        last = p.m2 * (newton - y) * (newton - y) <= allowed
+        last = p.m2 * _TOLERANCE * (newton - y) * (newton - y) <= allowed
         # Newton can cycle inside the bracket: bisect when it leaves the bracket, and after a step
         # that did not halve the residual, once.
         trusted = (size <= 0.5 * previous) & (newton > lower) & (newton < upper)

@@ -102,12 +102,12 @@ def _at(address, start, entry, T: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _read(address, start, entry, inside, T: tl.constexpr, ALIGNED: tl.constexpr):
+def _read(address, start, entry, inside, other, T: tl.constexpr, ALIGNED: tl.constexpr):
     at = _at(address, start, entry, T, ALIGNED)
     if inside is None:
         return tl.load(at).to(tl.float32)
     else:
-        return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        return tl.load(at, mask=inside, other=other).to(tl.float32)
 
 
 @triton.jit
@@ -122,19 +122,19 @@ def _read_all(
 ):
     """What the step reads of a tile, and zeros for what it does not."""
     none = tl.zeros(entry.shape, tl.float32)
-    x = _read(row.param, start, entry, inside, PARAM, ALIGNED)
-    g = _read(row.grad, start, entry, inside, GRAD, ALIGNED)
+    x = _read(row.param, start, entry, inside, 0.0, PARAM, ALIGNED)
+    g = _read(row.grad, start, entry, inside, 0.0, GRAD, ALIGNED)
     e, b, a, zeta, z0 = none, none, none, none, none
     if o.gain == _ELEMENT:
-        e = _read(row.gain, start, entry, inside, tl.float32, ALIGNED)
+        e = _read(row.gain, start, entry, inside, 1.0, tl.float32, ALIGNED)
     if o.momentum:
-        b = _read(row.buffer, start, entry, inside, STATE, ALIGNED)
+        b = _read(row.buffer, start, entry, inside, 0.0, STATE, ALIGNED)
     if o.anchor:
-        a = _read(row.anchor, start, entry, inside, STATE, ALIGNED)
+        a = _read(row.anchor, start, entry, inside, 0.0, STATE, ALIGNED)
     if o.dual:
-        zeta = _read(row.dual, start, entry, inside, tl.float32, ALIGNED)
+        zeta = _read(row.dual, start, entry, inside, 0.0, tl.float32, ALIGNED)
     if o.dual_init:
-        z0 = _read(row.dual_init, start, entry, inside, tl.float32, ALIGNED)
+        z0 = _read(row.dual_init, start, entry, inside, 0.0, tl.float32, ALIGNED)
     return x, g, e, b, a, zeta, z0
 
 
@@ -151,73 +151,76 @@ def _write_all(
 
 
 @triton.jit
-def _mirror(x, move, anchor, zeta, z0, gain, shrink, p, o):
+def _mirror(x, move, anchor, zeta, z0, gain, shrink, p, o, K: tl.constexpr):
     """The parameter, and the dual state, after z <- z - move."""
-    per_gain = reciprocal(gain)
+    per_gain = tl.full(x.shape, 1.0, tl.float32) if o.gain == _NONE else reciprocal(gain)
     u = x * shrink - anchor
     if o.dual:
         if o.decay:
             # What u is without the rounding of the parameter.
             if o.primal:
-                u = solve_near((zeta + z0) * per_gain, x - anchor, p)
+                u = solve_near((zeta + z0) * per_gain, x - anchor, p, K)
             else:
-                u = gain * psi(zeta + z0, p)
+                u = gain * psi(zeta + z0, p, K)
             u = (u + anchor) * shrink - anchor
             if o.primal:
-                zeta = gain * psi(u, p) - z0
+                zeta = gain * psi(u, p, K) - z0
             else:
-                zeta = solve_near(u * per_gain, zeta + z0, p) - z0
+                zeta = solve_near(u * per_gain, zeta + z0, p, K) - z0
         zeta -= move
         z = zeta + z0
-        y = solve_near(z * per_gain, u, p) if o.primal else gain * psi(z, p)
+        y = solve_near(z * per_gain, u, p, K) if o.primal else gain * psi(z, p, K)
     elif o.primal:
-        value, slope = psi_and_slope(u, p)
+        value, slope = psi_and_slope(u, p, K)
         excess = move * per_gain
-        y = solve(value - excess, u, excess, slope, p)
+        y = solve(value - excess, u, excess, slope, p, K)
     else:
-        y = gain * psi(solve_near(u * per_gain, u * per_gain, p) - move, p)
-    return y + anchor, zeta
+        y = gain * psi(solve_near(u * per_gain, u * per_gain, p, K) - move, p, K)
+    return y + anchor if o.anchor else y, zeta
 
 
 @triton.jit
 def _update(
-    row, start, begin, end, channel, p, rates, status_ptr, o, PARAM: tl.constexpr,
-    GRAD: tl.constexpr, STATE: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr,
+    row, start, begin, end, channel, p, rates, status_ptr, o, K: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, LANES: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """One tile: of the entries from ``start`` on those in [begin, end)."""
     entry = tl.arange(0, LANES)
-    inside = (start + entry >= begin) & (start + entry < end)
-    whole = (start >= begin) & (start + LANES <= end)
+    # The first and the last entry of the tile that belong to the program.
+    first = tl.maximum(begin - start, 0).to(tl.int32)
+    limit = tl.minimum(end - start, LANES).to(tl.int32)
+    whole = limit - first == LANES
     # Without a mask, accesses of 16 bytes.
     if whole:
         x, g, gain, buffer, anchor, zeta, z0 = _read_all(
             row, start, entry, None, o, PARAM, GRAD, STATE, ALIGNED
         )
     else:
+        inside = (entry >= first) & (entry < limit)
         x, g, gain, buffer, anchor, zeta, z0 = _read_all(
             row, start, entry, inside, o, PARAM, GRAD, STATE, ALIGNED
         )
     if o.gain == _CHANNEL:
         gain = tl.load(row.gain.to(tl.pointer_type(tl.float32)) + channel)
-    elif o.gain == _NONE:
-        gain = tl.full(x.shape, 1.0, tl.float32)
+        gain = tl.broadcast_to(gain, x.shape)
     g *= rates.scale
     if o.momentum:
         buffer = rates.momentum * buffer + g
         g = rates.momentum * buffer + g if o.nesterov else buffer
-    y, zeta = _mirror(x, rates.lr * g, anchor, zeta, z0, gain, rates.shrink, p, o)
+    y, zeta = _mirror(x, rates.lr * g, anchor, zeta, z0, gain, rates.shrink, p, o, K)
     # Rounding to a half precision can overflow.
     rounded = tl.abs(y.to(PARAM).to(tl.float32))
-    failed = any_true(inside & ((rounded < float("inf")) == 0))
+    failed = any_true((rounded < float("inf")) == 0)
     if whole & (failed == 0):
         _write_all(row, start, entry, None, y, buffer, zeta, o, PARAM, STATE, ALIGNED)
     else:
-        good = inside & (rounded < float("inf"))
+        good = (entry >= first) & (entry < limit) & (rounded < float("inf"))
         _write_all(row, start, entry, good, y, buffer, zeta, o, PARAM, STATE, ALIGNED)
     if failed:
         # As newton.Status. The iteration limit alone gives +Inf in float32.
         code = tl.where(y == float("inf"), 1, 2)
-        tl.atomic_max(status_ptr, tl.max(tl.where(inside & ((rounded < float("inf")) == 0), code, 0)))
+        tl.atomic_max(status_ptr, tl.max(tl.where(rounded < float("inf"), 0, code)))
 
 
 @triton.jit
@@ -258,7 +261,7 @@ def _step_kernel(
                 _update(
                     row, start, begin, end, channel, shared, rates, status_ptr,
                     _Options(PRIMAL, GAIN, MOMENTUM, NESTEROV, DECAY, ANCHOR, DUAL, DUAL_INIT),
-                    PARAM, GRAD, STATE, WIDE, True,
+                    K, PARAM, GRAD, STATE, WIDE, True,
                 )
         else:
             # Lanes beyond the end read the coefficients of the last entry.
@@ -268,7 +271,7 @@ def _step_kernel(
             _update(
                 row, begin, begin, end, channel_of, own, rates, status_ptr,
                 _Options(PRIMAL, GAIN, MOMENTUM, NESTEROV, DECAY, ANCHOR, DUAL, DUAL_INIT),
-                PARAM, GRAD, STATE, NARROW, False,
+                K, PARAM, GRAD, STATE, NARROW, False,
             )
 
 

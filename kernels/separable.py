@@ -133,21 +133,21 @@ def _map_kernel(
         x = _load(x_ptr, at, inside)
         gain = _load_gain(gain_ptr, channel, at, inside, GAIN)
         if KIND == _FORWARD:
-            tl.store(out_ptr + at, gain * psi(x, p), mask=inside)
+            tl.store(out_ptr + at, gain * psi(x, p, K), mask=inside)
         elif KIND == _INVERSE:
             # Without a better start: |psi(t) - t| is bounded.
             t = x * reciprocal(gain)
-            y = solve_near(t, t, p)
+            y = solve_near(t, t, p, K)
             _store_solved(out_ptr, status_ptr, at, inside, y)
         elif KIND == _PRIMAL:
             excess = rate * _load(g_ptr, at, inside) * reciprocal(gain)
-            value, slope = psi_and_slope(x, p)
-            y = solve(value - excess, x, excess, slope, p)
+            value, slope = psi_and_slope(x, p, K)
+            y = solve(value - excess, x, excess, slope, p, K)
             _store_solved(out_ptr, status_ptr, at, inside, y)
         else:
             t = x * reciprocal(gain)
-            z = solve_near(t, t, p)
-            y = gain * psi(z - rate * _load(g_ptr, at, inside), p)
+            z = solve_near(t, t, p, K)
+            y = gain * psi(z - rate * _load(g_ptr, at, inside), p, K)
             _store_solved(out_ptr, status_ptr, at, inside, y)
 
 
@@ -172,7 +172,7 @@ def _backward_kernel(
     grad = _load(grad_ptr, at, inside)
     x = _load(x_ptr, at, inside)
     gain = _load_gain(gain_ptr, channel, at, inside, GAIN)
-    value, slope = psi_and_slope(x, p)
+    value, slope = psi_and_slope(x, p, K)
     grad_lr = tl.zeros_like(x)
     if KIND == _FORWARD:
         a, qa = x, grad * gain
@@ -188,17 +188,17 @@ def _backward_kernel(
         g = _load(g_ptr, at, inside)
         if KIND == _PRIMAL:
             b = _load(y_ptr, at, inside)
-            value_b, slope_b = psi_and_slope(b, p)
+            value_b, slope_b = psi_and_slope(b, p, K)
             q = grad / slope_b
             a, qa, qb = x, q, -q
             grad_x = q * slope
             grad_z = q / gain
             grad_gain = grad_z * rate * g / gain
         else:
-            b = solve_near(x / gain, x / gain, p)
+            b = solve_near(x / gain, x / gain, p, K)
             a = b - rate * g
-            value_a, slope_a = psi_and_slope(a, p)
-            value_b, slope_b = psi_and_slope(b, p)
+            value_a, slope_a = psi_and_slope(a, p, K)
+            value_b, slope_b = psi_and_slope(b, p, K)
             qa = grad * gain
             grad_z = qa * slope_a
             qb = -grad_z / slope_b

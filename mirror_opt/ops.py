@@ -1,111 +1,319 @@
-r"""The inverse of psi as a differentiable operator.
+r"""Every operator of the package: schema, fake implementation, gradients, vmap rule.
 
-With y = psi^-1(t; theta) and q = dL/dy / psi'(y),
+With S(u) = gain psi(u) (``reference``), elementwise,
 
-    dL/dt = q,   dL/dtheta = -sum q d_theta psi(y)
+    separable_forward     S(u)
+    separable_inverse     S^-1(t), and a status
+    separable_step        S^-1(S(x) - lr g), and a status
+    separable_backward    gradients of S, or of S^-1, in u, gain, w, s and c
 
-(implicit differentiation; Blondel et al., "Efficient and modular implicit differentiation", 2022).
-Backward needs y only, none of the Newton iterations, and is made of differentiable operations, so
-that gradients of every order are right.
+u, t, x and g are ``(*)``; gain has as many dimensions and broadcasts against u; w, s and c are
+``(K, *)`` and broadcast against ``u[None]``. All have one dtype. ``backends`` decides which code
+runs. A status is 0-dim int32, the worst ``newton.Status`` of all elements, on the device of u;
+entries that were not solved are NaN.
+
+Implicit differentiation (Blondel et al., "Efficient and modular implicit differentiation", 2022):
+with y = S^-1(t) and q = dL/dy / S'(y),
+
+    dL/dt = q,   dL/dtheta = -sum q d_theta S(y)
+
+for the gain and the coefficients theta. Backward needs y only, none of the Newton iterations. Its
+own gradients are those of the formulas in plain PyTorch, so that every order is right.
+
+The operators are in ``torch.ops.mirror_opt``; the functions below are how to call them. Under
+``torch.func`` transforms they go through ``torch.autograd.Function``, since gradients registered
+with ``torch.library`` do not compose with them.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from mirror_opt import reference
-from mirror_opt.newton import solve_monotone
+from mirror_opt import backends
+from mirror_opt.backends import plain
+from mirror_opt.newton import NewtonError, Status
 from mirror_opt.reference import Units
 
-__all__ = ["psi_inverse"]
+__all__ = ["separable_forward", "separable_inverse", "separable_step"]
+
+_MAP = "Tensor gain, Tensor w, Tensor s, Tensor c, str sigma"
+_library = torch.library.Library("mirror_opt", "DEF")
+_library.define(f"separable_forward(Tensor u, {_MAP}) -> Tensor")
+_library.define(f"separable_inverse(Tensor t, {_MAP}) -> (Tensor, Tensor)")
+_library.define(f"separable_step(Tensor x, Tensor g, Tensor lr, {_MAP}) -> (Tensor, Tensor)")
+_library.define(
+    f"separable_backward(Tensor grad, Tensor at, {_MAP}, bool inverted)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 
 
-def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
-    return x if x.shape == shape else x.sum_to_size(shape)
+# How they run: real tensors, and tensors that have only a shape.
 
 
-def _units_gradient(
-    at: Tensor, factor: Tensor, units: Units, sigma: str, needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """sum factor d_theta psi(at), shaped as each of the units."""
-    if not any(needed):
-        return [None] * len(units)
-    partial = reference.psi_units_gradient(at, units, sigma)
-    return [
-        _sum_to(factor.unsqueeze(0) * p, theta.shape) if want else None
-        for p, theta, want in zip(partial, units, needed, strict=True)
-    ]
+def _implementation(operator: str, x: int, w: int, sigma: int) -> Callable:
+    """Calls the backend that serves the arguments at these places."""
+    function = operator.removeprefix("separable_")
+
+    def run(*args):
+        module = backends.choose(operator, args[x], len(args[w]), args[sigma])
+        return getattr(module, function)(*args)
+
+    return run
 
 
-def _batch_first(in_dims: Sequence, u: Tensor, units: Units) -> tuple[Tensor, Units]:
-    """Moves the vmapped dimension of u to the front, and that of the units behind K."""
-
-    def lead(x: Tensor, dim: int | None, to: int) -> Tensor:
-        return x.unsqueeze(to) if dim is None else x.movedim(dim, to)
-
-    moved = (lead(x, d, 1) for x, d in zip(units, in_dims[1:4], strict=True))
-    return lead(u, in_dims[0], 0), Units(*moved)
+def _empty_like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)  # contiguous, whatever the strides of x
 
 
-class _PsiInverse(torch.autograd.Function):
-    @staticmethod
-    def forward(t: Tensor, w: Tensor, s: Tensor, c: Tensor, sigma: str) -> Tensor:
-        units = Units(w, s, c)
-        target = t.expand(torch.broadcast_shapes(t.shape, w.shape[1:]))
-        if not target.numel():
-            return target.clone()
-        # |psi(y) - y| <= W puts the root in target +- W; a twentieth more, since a saturated root
-        # sits on the edge.
-        bracket = reference.psi_bracket(units)
-        solution = solve_monotone(
-            lambda y: (reference.psi(y, units, sigma), reference.psi_slope(y, units, sigma)),
-            target,
-            target - 1.05 * bracket,
-            target + 1.05 * bracket,
-            start=target,
-            scale=target.abs() + bracket,
-        )
-        return solution.unwrap()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        t, *units, ctx.sigma = inputs
-        ctx.save_for_backward(output, *units)
-        ctx.t_shape = t.shape
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        y, *rest = ctx.saved_tensors
-        units = Units(*rest)
-        q = grad / reference.psi_slope(y, units, ctx.sigma)
-        grad_t = _sum_to(q, ctx.t_shape) if ctx.needs_input_grad[0] else None
-        needed = ctx.needs_input_grad[1:4]
-        return grad_t, *_units_gradient(y, -q, units, ctx.sigma, needed), None
-
-    @staticmethod
-    def vmap(info, in_dims, t: Tensor, w: Tensor, s: Tensor, c: Tensor, sigma: str):
-        t, units = _batch_first(in_dims, t, Units(w, s, c))
-        return _PsiInverse.apply(t, *units, sigma), 0
+def _fake_forward(u: Tensor, *args) -> Tensor:
+    return _empty_like(u)
 
 
-def psi_inverse(t: Tensor, units: Units, sigma: str = "algebraic") -> Tensor:
-    r"""The y with ``reference.psi(y, units, sigma) = t``, differentiable to any order.
+def _fake_solve(x: Tensor, *args) -> tuple[Tensor, Tensor]:
+    return _empty_like(x), x.new_empty((), dtype=torch.int32)
+
+
+def _fake_backward(grad: Tensor, *args) -> tuple[Tensor, ...]:
+    return tuple(_empty_like(x) for x in args[:5])
+
+
+# Gradients.
+
+
+def _save_forward(ctx, inputs, output) -> None:
+    *tensors, ctx.sigma = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _forward_gradient(ctx, grad: Tensor):
+    return *_call("separable_backward", grad, *ctx.saved_tensors, ctx.sigma, False), None
+
+
+def _save_inverse(ctx, inputs, output) -> None:
+    _, *coefficients, ctx.sigma = inputs
+    y, status = output
+    ctx.mark_non_differentiable(status)
+    ctx.save_for_backward(y, *coefficients)
+
+
+def _inverse_gradient(ctx, grad: Tensor, _):
+    return *_call("separable_backward", grad, *ctx.saved_tensors, ctx.sigma, True), None
+
+
+def _save_step(ctx, inputs, output) -> None:
+    *tensors, ctx.sigma = inputs
+    y, status = output
+    ctx.mark_non_differentiable(status)
+    ctx.save_for_backward(y, *tensors)
+
+
+def _step_gradient(ctx, grad: Tensor, _):
+    y, x, g, lr, *coefficients = ctx.saved_tensors
+    q, *at_y = _call("separable_backward", grad, y, *coefficients, ctx.sigma, True)
+    grad_x, *at_x = _call("separable_backward", q, x, *coefficients, ctx.sigma, False)
+    both = (a + b for a, b in zip(at_x, at_y, strict=True))
+    return grad_x, -lr * q, -(g * q).sum(), *both, None
+
+
+def _save_backward(ctx, inputs, output) -> None:
+    *tensors, ctx.sigma, ctx.inverted = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_gradient(ctx, *grads: Tensor):
+    def formula(*tensors: Tensor):
+        return plain.backward(*tensors, ctx.sigma, ctx.inverted)
+
+    _, pull = torch.func.vjp(formula, *ctx.saved_tensors)
+    return *pull(grads), None, None
+
+
+# vmap: the mapped dimension goes first, that of w, s and c behind K.
+
+
+def _batch(info, dims: Sequence[int | None], args: Sequence, places: str, shared: bool) -> list:
+    """Arguments with the mapped dimension.
+
+    ``places`` has a letter for each tensor: x, shaped as the result; g, the gain; k, w, s or c.
+    ``shared`` lets gain or coefficients broadcast along the mapped dimension if they do not vary.
+    """
+    vary = {place for place, dim in zip(places, dims, strict=False) if dim is not None}
+    moved = list(args)
+    for i, place in enumerate(places):
+        to = 1 if place == "k" else 0
+        x = args[i].unsqueeze(to) if dims[i] is None else args[i].movedim(dims[i], to)
+        if place == "x" or place in vary or not shared:
+            x = x.expand(*x.shape[:to], info.batch_size, *x.shape[to + 1 :])
+        moved[i] = x
+    return moved
+
+
+def _vmap_forward(info, dims, *args):
+    return _call("separable_forward", *_batch(info, dims, args, "xgkkk", shared=True)), 0
+
+
+def _vmap_inverse(info, dims, *args):
+    result = _call("separable_inverse", *_batch(info, dims, args, "xgkkk", shared=True))
+    return result, (0, None)
+
+
+def _vmap_step(info, dims, x: Tensor, g: Tensor, lr: Tensor, *args):
+    places = (*dims[:2], *dims[3:])
+    x, g, *args = _batch(info, places, (x, g, *args), "xxgkkk", shared=True)
+    if dims[2] is not None:  # a rate for each: the operator takes one, so they go into g
+        g, lr = g * lr.reshape(-1, *[1] * (g.dim() - 1)), lr.new_ones(())
+    return _call("separable_step", x, g, lr, *args), (0, None)
+
+
+def _vmap_backward(info, dims, *args):
+    # Not shared: a gradient for each.
+    args = _batch(info, dims, args, "xxgkkk", shared=False)
+    return _call("separable_backward", *args), (0, 0, 1, 1, 1)
+
+
+# All of it together.
+
+_OPERATORS: dict[str, Callable] = {}
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+
+
+def _register(
+    name: str, run: Callable, fake: Callable, save: Callable, gradient: Callable, vmap: Callable
+) -> None:
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    qualified = f"mirror_opt::{name}"
+    torch.library.register_fake(qualified, fake, lib=_library)
+    torch.library.register_autograd(qualified, gradient, setup_context=save, lib=_library)
+    torch.library.register_vmap(qualified, vmap, lib=_library)
+    operator = getattr(torch.ops.mirror_opt, name).default
+    _OPERATORS[name] = operator
+    methods = {"forward": operator, "setup_context": save, "backward": gradient, "vmap": vmap}
+    _FUNCTIONS[name] = type(
+        name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()}
+    )
+
+
+def _call(name: str, *args):
+    if torch._C._are_functorch_transforms_active():
+        return _FUNCTIONS[name].apply(*args)
+    return _OPERATORS[name](*args)
+
+
+_register(
+    "separable_forward", _implementation("separable_forward", 0, 2, 5), _fake_forward,
+    _save_forward, _forward_gradient, _vmap_forward,
+)
+_register(
+    "separable_inverse", _implementation("separable_inverse", 0, 2, 5), _fake_solve,
+    _save_inverse, _inverse_gradient, _vmap_inverse,
+)
+_register(
+    "separable_step", _implementation("separable_step", 0, 4, 7), _fake_solve,
+    _save_step, _step_gradient, _vmap_step,
+)
+_register(
+    "separable_backward", _implementation("separable_backward", 1, 3, 6), _fake_backward,
+    _save_backward, _backward_gradient, _vmap_backward,
+)
+
+
+# How they are called.
+
+
+def separable_forward(u: Tensor, gain: Tensor, units: Units, sigma: str = "algebraic") -> Tensor:
+    r"""S(u) = gain psi(u), differentiable to any order.
 
     Args:
-        t: ``(*)``, float32 or float64.
-        units: coefficients ``(K, *)`` that broadcast against ``t[None]``, with a positive lower
-            slope bound.
+        u: ``(*)``, floating.
+        gain: positive, broadcasts against u.
+        units: coefficients ``(K, *)`` that broadcast against ``u[None]``.
         sigma: a key of ``reference.SIGMAS``.
 
     Raises:
-        NewtonError: the input is not finite, or the iteration limit was reached.
+        InputError: the backend that was chosen by name does not serve these operands.
+    """
+    return _call("separable_forward", *_aligned((u,), gain, units), sigma)
+
+
+def separable_inverse(t: Tensor, gain: Tensor, units: Units, sigma: str = "algebraic") -> Tensor:
+    r"""The y with gain psi(y) = t, differentiable to any order.
+
+    Args:
+        t: ``(*)``, floating.
+        gain, units, sigma: as in ``separable_forward``, with a positive lower slope bound.
+
+    Raises:
+        NewtonError: a solve on the CPU failed. On other devices, where asking would synchronise,
+            and in compiled code, entries that failed are NaN.
+        InputError: the backend that was chosen by name does not serve these operands.
 
     Example:
         >>> one = torch.ones(1, 1, dtype=torch.float64)
         >>> units = Units(one, 2 * one, 0 * one)
         >>> t = torch.tensor([0.0, 1.0, 1e6], dtype=torch.float64)
-        >>> bool(((reference.psi(psi_inverse(t, units), units) - t).abs() <= 1e-9).all())
+        >>> y = separable_inverse(t, 3 * one[0], units)
+        >>> bool(((separable_forward(y, 3 * one[0], units) - t).abs() <= 1e-9).all())
         True
     """
-    return _PsiInverse.apply(t, *units, sigma)
+    return _solved(*_call("separable_inverse", *_aligned((t,), gain, units), sigma))
+
+
+def separable_step(
+    x: Tensor,
+    g: Tensor,
+    lr: float | Tensor,
+    gain: Tensor,
+    units: Units,
+    sigma: str = "algebraic",
+    *,
+    primal: bool = True,
+) -> Tensor:
+    r"""One mirror step, differentiable to any order: S^-1(S(x) - lr g), for ``primal``.
+
+    Without ``primal``, where the formula is that of grad h*, S(S^-1(x) - lr g).
+
+    Args:
+        x, g: ``(*)``, floating: the point and the gradient there.
+        lr: a number or a tensor with one element.
+        gain, units, sigma: as in ``separable_inverse``.
+
+    Raises:
+        NewtonError, InputError: as ``separable_inverse``.
+    """
+    if not primal:
+        z = separable_inverse(x, gain, units, sigma) - lr * g
+        return separable_forward(z, gain, units, sigma)
+    x, g, *coefficients = _aligned((x, g), gain, units)
+    lr = torch.as_tensor(lr, dtype=x.dtype, device=x.device).reshape(())
+    return _solved(*_call("separable_step", x, g, lr, *coefficients, sigma))
+
+
+def _aligned(xs: Sequence[Tensor], gain: Tensor, units: Units) -> list[Tensor]:
+    """The operands with equal dtypes and dimensions, x in the full shape."""
+    tensors = [*xs, gain, *units]
+    if len({x.dtype for x in tensors}) > 1:
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
+        *xs, gain, w, s, c = (x.to(dtype) for x in tensors)
+        units = Units(w, s, c)
+    if not units.w.shape == units.s.shape == units.c.shape:
+        units = Units(*torch.broadcast_tensors(*units))
+    x, (count, *rest) = xs[0], units.w.shape
+    if gain.shape == x.shape == xs[-1].shape and len(rest) == x.dim():
+        if all(r == 1 or r == n for r, n in zip(rest, x.shape, strict=True)):
+            return [*xs, gain, *units]  # as the maps call it; what follows takes its time
+    shape = torch.broadcast_shapes(*(x.shape for x in xs), gain.shape, rest)
+    if gain.dim() < len(shape):
+        gain = gain.reshape(*[1] * (len(shape) - gain.dim()), *gain.shape)
+    if len(rest) < len(shape):
+        units = [x.reshape(count, *[1] * (len(shape) - len(rest)), *rest) for x in units]
+    return [*(x if x.shape == shape else x.expand(shape) for x in xs), gain, *units]
+
+
+def _solved(y: Tensor, status: Tensor) -> Tensor:
+    if status.device.type == "cpu" and not torch.compiler.is_compiling():
+        worst = Status(int(status))
+        if worst is not Status.CONVERGED:
+            raise NewtonError(worst)
+    return y

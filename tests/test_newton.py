@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mirror_opt import reference
 from mirror_opt.newton import Status, solve_convex, solve_monotone
-from mirror_opt.ops import psi_inverse
+from mirror_opt.ops import separable_inverse
 from mirror_opt.reference import SIGMAS, Units
 
 
@@ -90,7 +90,7 @@ def test_gradients_to_second_order(shape, sigma):
     t = torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
     def f(t, w, s, c):
-        return psi_inverse(t, Units(w, s, c), sigma)
+        return separable_inverse(t, torch.ones_like(t), Units(w, s, c), sigma)
 
     assert torch.autograd.gradcheck(f, (t, *units))
     assert torch.autograd.gradgradcheck(f, (t, *units))
@@ -108,7 +108,7 @@ def test_implicit_equals_unrolled():
         return y
 
     inputs = (t, *units)
-    y = psi_inverse(t, Units(*units))
+    y = separable_inverse(t, torch.ones_like(t), Units(*units))
     torch.testing.assert_close(y, unrolled(*inputs), rtol=1e-12, atol=1e-12)
     weights = torch.randn(20, dtype=torch.float64)
     first = torch.autograd.grad((y * weights).sum(), inputs, create_graph=True)
@@ -126,7 +126,7 @@ def test_vmap_of_gradients():
     w = torch.stack([units.w * (1 + 0.1 * i) for i in range(6)])
 
     def loss(t, w):
-        return psi_inverse(t, Units(w, units.s, units.c)).square().sum()
+        return separable_inverse(t, torch.ones_like(t), Units(w, units.s, units.c)).square().sum()
 
     gradient = torch.func.grad(loss, argnums=(0, 1))
     batched = torch.func.vmap(gradient)(t, w)

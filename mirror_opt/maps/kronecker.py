@@ -1,7 +1,7 @@
 """KroneckerNeural: separable maps in learned rotated coordinates, summed. The default map."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -34,18 +34,22 @@ def mode_product(x: Tensor, factors: Sequence[Tensor], transpose: bool = False) 
     Returns:
         ``(R, n_1, ..., n_m)``.
     """
-    sizes = x.shape[1:]
+    if transpose:
+        factors = [f.mT for f in factors]
     for mode, factor in enumerate(factors):
-        # Seen as (R, before, n, after), a mode product is one batched matrix product and moves
-        # nothing; the last mode is multiplied from the right, which spares matrices of one column.
-        if mode == len(factors) - 1:
-            rows = x.reshape(x.shape[0], -1, sizes[mode])
-            x = rows @ (factor if transpose else factor.mT)
+        # Every mode product is one batched matrix product that moves nothing: the last mode is
+        # multiplied from the right, the one before it from the left, and an earlier one from the
+        # left of all that follows it seen as columns.
+        behind = len(factors) - 1 - mode
+        before = min(mode, len(factors) - 2)  # modes that the product is batched over
+        factor = factor.reshape(len(factor), *[1] * before, *factor.shape[1:])
+        if behind == 0:
+            x = x @ factor.mT
+        elif behind == 1:
+            x = factor @ x
         else:
-            before = math.prod(sizes[:mode])
-            blocks = x.reshape(x.shape[0], before, sizes[mode], -1)
-            x = (factor.mT if transpose else factor).unsqueeze(1) @ blocks
-    return x.reshape(x.shape[0], *sizes)
+            x = (factor @ x.flatten(mode + 2)).unflatten(mode + 2, x.shape[mode + 2 :])
+    return x
 
 
 class _Factors(nn.Module):
@@ -78,10 +82,10 @@ class _Factors(nn.Module):
 
 
 class _Term(NamedTuple):
-    """Coefficients of one tensor: the factors of its modes, and the separable map of R terms."""
+    """Coefficients of one tensor: F(u) = eps u + sum_r M_r^T S_r(M_r u)."""
 
     factors: tuple[Tensor, ...]
-    separable: Separable
+    separable: Separable  # of all R terms; its gain holds the weight (1 - eps) / R
     sizes: tuple[int, ...]  # how the tensor is seen: its modes, or its own shape for vectors
 
 
@@ -100,9 +104,12 @@ class _KroneckerTensor(nn.Module):
         view = like.detach().reshape(self.sizes).expand(self.terms, *self.sizes)
         shared = min(2, view.dim())
         self.units = NeuralUnits(view, shared, units, rho, sigma, terms=1)
+        self.weight = (1 - eps) / self.terms
 
     def forward(self) -> _Term:
-        return _Term(tuple(f() for f in self.factors), self.units(), self.sizes)
+        separable = self.units()
+        separable = separable._replace(gain=self.weight * separable.gain)
+        return _Term(tuple(f() for f in self.factors), separable, self.sizes)
 
 
 @register("kronecker", "sum of learned rotations around learned separable maps (the default)")
@@ -203,20 +210,18 @@ class KroneckerNeural(NeuralMap):
         return mode_product(u.reshape(1, *term.sizes), term.factors)
 
     def _back(self, v: Tensor, u: Tensor, term: _Term) -> Tensor:
-        """eps u + (1 - eps) / R sum_r M_r^T v_r, shaped as u."""
-        total = mode_product(v, term.factors, transpose=True).sum(0).reshape(u.shape)
-        weight = (1 - self.eps) / v.shape[0]
-        return self.eps * u + weight * total
+        """eps u + sum_r M_r^T v_r, shaped as u."""
+        total = mode_product(v, term.factors, transpose=True)
+        total = total.sum(0) if len(total) > 1 else total
+        return torch.add(total.reshape(u.shape), u, alpha=self.eps)
 
     def _closed(self, u: Tensor, term: _Term) -> Tensor:
         return self._back(term.separable.value(self._rotate(u, term)), u, term)
 
     def _integral(self, u: Tensor, term: _Term) -> Tensor:
-        v = self._rotate(u, term)
-        weight = (1 - self.eps) / v.shape[0]
-        return self.eps / 2 * (u * u).sum() + weight * term.separable.integral(v)
+        return self.eps / 2 * (u * u).sum() + term.separable.integral(self._rotate(u, term))
 
-    def _jacobian(self, u: Tensor, term: _Term):
+    def _jacobian(self, u: Tensor, term: _Term) -> Callable[[Tensor], Tensor]:
         """The function v -> F'(u) v."""
         gain, units, sigma = term.separable
         slope = gain * psi_slope(self._rotate(u, term), units, sigma)
@@ -237,9 +242,8 @@ class KroneckerNeural(NeuralMap):
 
     def _bounds(self, term: _Term) -> tuple[Tensor, Tensor]:
         gain, units, sigma = term.separable
-        terms = gain.shape[0]
         low, high = [], []
-        for r in range(terms):
+        for r in range(len(gain)):
             one = Separable(gain[r], Units(*(x[:, r] for x in units)), sigma)
             lower, upper = one.bounds()
             for factor in term.factors:
@@ -247,8 +251,4 @@ class KroneckerNeural(NeuralMap):
                 lower, upper = lower * singular[-1] ** 2, upper * singular[0] ** 2
             low.append(lower)
             high.append(upper)
-        weight = (1 - self.eps) / terms
-        return (
-            self.eps + weight * torch.stack(low).sum(),
-            self.eps + weight * torch.stack(high).sum(),
-        )
+        return self.eps + torch.stack(low).sum(), self.eps + torch.stack(high).sum()

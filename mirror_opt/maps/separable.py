@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mirror_opt.errors import InputError
 from mirror_opt.maps.base import OwningMap, Profile, Tensors, register
-from mirror_opt.ops import psi_inverse
+from mirror_opt.ops import separable_forward, separable_inverse
 from mirror_opt.reference import psi
 from mirror_opt.reference import SIGMAS, Units, psi_integral, psi_slope_bounds
 
@@ -35,11 +35,11 @@ class Separable(NamedTuple):
 
     def value(self, u: Tensor) -> Tensor:
         """S(u)."""
-        return self.gain * psi(u, self.units, self.sigma)
+        return separable_forward(u, self.gain, self.units, self.sigma)
 
     def inverse(self, t: Tensor) -> Tensor:
         """The u with S(u) = t."""
-        return psi_inverse(t / self.gain, self.units, self.sigma)
+        return separable_inverse(t, self.gain, self.units, self.sigma)
 
     def integral(self, u: Tensor) -> Tensor:
         """The sum over all entries of the antiderivative of S that vanishes at 0."""
