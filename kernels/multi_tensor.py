@@ -38,6 +38,7 @@ from mirror_opt.kernels.device import (
     solve,
     solve_near,
 )
+from mirror_opt.kernels.separable import check_device
 
 __all__ = ["step_"]
 
@@ -354,11 +355,7 @@ def _programs(shapes: Sequence[tuple[int, int, bool]]) -> Tensor:
 def _check(item: _Item) -> None:
     """Raises InputError unless the tensors of an item fit each other."""
     param, w = item.param, item.w
-    if not (param.is_cuda or triton.knobs.runtime.interpret):
-        raise InputError(
-            f"Triton kernels cannot run on {param.device}: pass CUDA tensors, or set "
-            "TRITON_INTERPRET=1 before triton is imported"
-        )
+    check_device(param)
     shape, channels = tuple(param.shape), w.shape[-1]
     if w.dim() != 2 or channels == 0 or param.numel() % channels:
         raise InputError(

@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mirror_opt import backends
+from mirror_opt import backends, reference
 from mirror_opt.backends import plain
 from mirror_opt.newton import NewtonError, Status
 from mirror_opt.reference import Units
@@ -234,7 +234,11 @@ def separable_forward(u: Tensor, gain: Tensor, units: Units, sigma: str = "algeb
     Raises:
         InputError: the backend that was chosen by name does not serve these operands.
     """
-    return _call("separable_forward", *_aligned((u,), gain, units), sigma)
+    u, gain, *units = _aligned((u,), gain, units)
+    if backends.choose("separable_forward", u, len(units[0]), sigma) is plain:
+        # Autograd keeps what the operator's backward would compute again.
+        return gain * reference.psi(u, Units(*units), sigma)
+    return _call("separable_forward", u, gain, *units, sigma)
 
 
 def separable_inverse(t: Tensor, gain: Tensor, units: Units, sigma: str = "algebraic") -> Tensor:

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from mirror_opt.errors import InputError
-from mirror_opt.fewshot.cache import atomic_write, cache_dir, cached_array, cached_arrays
+from mirror_opt.fewshot.cache import cache_dir, cached_array, cached_arrays
+from mirror_opt.files import atomic_write
 
 
 @pytest.fixture

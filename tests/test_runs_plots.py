@@ -76,7 +76,7 @@ def test_a_picture_is_of_the_saved_rows(tmp_path):
 def test_the_learned_map_is_drawn_against_the_identity(tmp_path):
     x = torch.linspace(-4, 4, 9)
     figure = plots.learned_map(
-        [maps.Profile(f"tensor {i}, channel {c}", x, (1 + i) * x + c)
+        [maps.Profile(i, c, x, (1 + i) * x + c)
          for i in range(14) for c in range(2)],
         tuple(f"layer{i}" for i in range(14)),
     )

@@ -3,11 +3,14 @@
 import os
 from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-__all__ = ["DEVICES", "describe", "refusal", "unavailable"]
+from mirror_opt.backends.layout import Rows
+
+__all__ = ["DEVICES", "backward", "describe", "forward", "inverse", "refusal", "step", "unavailable"]
 
 DEVICES = ("cuda",)
 
@@ -36,6 +39,49 @@ def refusal(x: Tensor, units: int, sigma: str) -> str | None:
     if sigma != "algebraic":
         return f"it has sigma='algebraic' only and got {sigma!r}"
     return None
+
+
+def forward(u: Tensor, gain: Tensor, w: Tensor, s: Tensor, c: Tensor, sigma: str) -> Tensor:
+    rows = Rows(u, gain, (w, s, c))
+    return rows.shaped(_kernels().forward(rows.u, rows.gain, *rows.units))
+
+
+def inverse(
+    t: Tensor, gain: Tensor, w: Tensor, s: Tensor, c: Tensor, sigma: str
+) -> tuple[Tensor, Tensor]:
+    rows = Rows(t, gain, (w, s, c))
+    y, status = _kernels().inverse(rows.u, rows.gain, *rows.units)
+    return rows.shaped(y), status
+
+
+def step(
+    x: Tensor, g: Tensor, lr: Tensor, gain: Tensor, w: Tensor, s: Tensor, c: Tensor, sigma: str
+) -> tuple[Tensor, Tensor]:
+    rows = Rows(x, gain, (w, s, c))
+    y, status = _kernels().step(rows.u, rows.like_u(g), lr, rows.gain, *rows.units)
+    return rows.shaped(y), status
+
+
+def backward(
+    grad: Tensor, at: Tensor, gain: Tensor, w: Tensor, s: Tensor, c: Tensor, sigma: str,
+    inverted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = Rows(at, gain, (w, s, c))
+    grad_u, grad_gain, *units = _kernels().backward(
+        rows.like_u(grad), rows.u, rows.gain, *rows.units, inverted
+    )
+    return (
+        rows.shaped(grad_u),
+        rows.gain_gradient(grad_gain),
+        *(rows.units_gradient(x) for x in units),
+    )
+
+
+def _kernels() -> ModuleType:
+    # Only when one runs: importing Triton takes a while, and it need not be installed.
+    from mirror_opt.kernels import separable
+
+    return separable
 
 
 def _interpreted() -> bool:

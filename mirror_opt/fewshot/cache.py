@@ -1,4 +1,4 @@
-r"""Where decoded images are kept between runs, and how a file is written there.
+r"""Where decoded images are kept between runs.
 
 Every file in the cache can be made again, so a damaged one is replaced, never trusted: its name
 carries a digest of all that decides its content. Files are plain ``.npy`` and ``.npz`` arrays,
@@ -9,18 +9,18 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
-from uuid import uuid4
 from zipfile import BadZipFile
 
 import numpy as np
 
 from mirror_opt.errors import InputError
+from mirror_opt.files import atomic_write
 
-__all__ = ["atomic_write", "cache_dir", "cached_array", "cached_arrays", "digest"]
+__all__ = ["cache_dir", "cached_array", "cached_arrays", "digest"]
 
 
 def cache_dir() -> Path:
@@ -37,24 +37,6 @@ def digest(*parts: Any) -> str:
         True
     """
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    r"""Opens a binary file that appears at ``path`` only when it was written to the end.
-
-    The bytes go to a temporary file in the same folder, which replaces ``path`` in one step and
-    is removed after an exception, so no reader ever sees a half-written file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        with part.open("xb") as file:
-            yield file
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def cached_array(name: str, build: Callable[[], np.ndarray]) -> np.ndarray:

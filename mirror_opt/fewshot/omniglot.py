@@ -10,9 +10,10 @@ from urllib.request import urlopen
 import numpy as np
 
 from mirror_opt.errors import InputError
-from mirror_opt.fewshot.cache import atomic_write, cache_dir
+from mirror_opt.fewshot.cache import cache_dir
 from mirror_opt.fewshot.episodes import ImageSet, ImageTasks
 from mirror_opt.fewshot.images import ImageFile, list_images, read_images
+from mirror_opt.files import atomic_write
 
 __all__ = ["CHECKSUMS", "SOURCE", "Omniglot", "download"]
 

@@ -1,5 +1,6 @@
 """The interface of every mirror map, and the registry by which the package finds them."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,9 +15,16 @@ Tensors = Sequence[Tensor | None]
 
 
 class Profile(NamedTuple):
-    """One curve of a learned map, for a plot: psi against the identity, in units of the map."""
+    """One curve of a learned map, for a plot: psi against the identity, in units of the map.
 
-    label: str
+    Attributes:
+        tensor: index of the tensor.
+        channel: index of the curve among those of the tensor.
+        x, y: ``(n,)``, the argument and the value.
+    """
+
+    tensor: int
+    channel: int
     x: Tensor
     y: Tensor
 
@@ -235,4 +243,7 @@ def create(name: str, params: Sequence[Tensor], **options: Any) -> MirrorMap:
     try:
         return cls(params, **options) if cls.owns_tensors else cls(**options)
     except TypeError as error:
-        raise InputError(f"mirror map {name!r}: {error}") from error
+        accepted = [n for n in inspect.signature(cls).parameters if n != "params"]
+        raise InputError(
+            f"mirror map {name!r}: {error}; its options are {', '.join(accepted) or '(none)'}"
+        ) from error

@@ -201,7 +201,7 @@ class KroneckerNeural(NeuralMap):
 
     def profiles(self) -> list[Profile]:
         return [
-            p for i, tensor in enumerate(self.tensors) for p in tensor.units.profile(f"tensor {i}")
+            p for i, tensor in enumerate(self.tensors) for p in tensor.units.profile(i)
         ]
 
     @staticmethod

@@ -109,7 +109,7 @@ class NeuralUnits(nn.Module):
         self.unit.copy_(rms.clamp(min=1e-3 * overall))
 
     @torch.no_grad()
-    def profile(self, label: str) -> list[Profile]:
+    def profile(self, tensor: int) -> list[Profile]:
         """psi of a few channels against v = u / unit, in [-4, 4]."""
         v = torch.linspace(-4, 4, 201, dtype=self.a.dtype, device=self.a.device)
         _, units, sigma = self()
@@ -118,7 +118,8 @@ class NeuralUnits(nn.Module):
         picks = torch.linspace(0, len(scale) - 1, min(4, len(scale))).long().unique().tolist()
         return [
             Profile(
-                f"{label}, channel {i}",
+                tensor,
+                i,
                 v,
                 psi(v * scale[i], Units(*(x[:, i : i + 1] for x in columns)), sigma) / scale[i],
             )
@@ -263,7 +264,7 @@ class SeparableNeural(NeuralMap):
 
     def profiles(self) -> list[Profile]:
         return [
-            p for i, tensor in enumerate(self.tensors) for p in tensor.profile(f"tensor {i}")
+            p for i, tensor in enumerate(self.tensors) for p in tensor.profile(i)
         ]
 
     def _closed(self, u: Tensor, coefficient: Separable) -> Tensor:

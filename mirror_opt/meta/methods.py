@@ -112,6 +112,7 @@ def defaults(method: str, task: str) -> MethodDefaults:
     if task == "sinusoid":
         init_lr = {"mirror": 3e-3}.get(method, 1e-2)
         map_lr = {"meta-sgd": 1e-2, "meta-curvature": 3e-2}.get(method, 3e-3)
-        return MethodDefaults(0.01, init_lr, map_lr, map_options={"terms": 4})
+        map_options = {"terms": 4} if method == "mirror" else {}
+        return MethodDefaults(0.01, init_lr, map_lr, map_options=map_options)
     map_lr = {"meta-sgd": 3e-2}.get(method, 1e-2)
     return MethodDefaults(0.1, 3e-3, map_lr)

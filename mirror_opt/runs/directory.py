@@ -1,17 +1,12 @@
-r"""A run's directory: the names of its files, and writing each of them whole or not at all.
+r"""A run's directory: the names of its files, and reading and writing them."""
 
-A file is written to a temporary name beside its target, flushed to the disk and renamed over
-it, so a reader (or a resumed run) finds the old content or the new one and never a part. The
-temporary name is fixed: what a killed process left behind is replaced by the next save.
-"""
-
-import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from mirror_opt.errors import InputError
+from mirror_opt.files import atomic_write
 
 __all__ = [
     "CHECKPOINT",
@@ -37,24 +32,10 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     r"""Writes ``data`` to ``path`` atomically, making the parent directory where it is missing.
 
     Raises:
-        OSError: the directory cannot be written, or the disk is full. ``path`` is then what it
-            was before, and no temporary file stays.
+        OSError: as ``files.atomic_write``.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # write() does not say which file met the full disk
-        raise
+    with atomic_write(path, shared=False) as file:
+        file.write(data)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -173,12 +173,12 @@ def learned_map(profiles: list[Profile], names: tuple[str, ...]) -> Figure:
     whose curves are farthest from the identity.
 
     Args:
-        profiles: from the map; a label is ``"tensor 3, ..."``.
+        profiles: from the map.
         names: the names of the tensors.
     """
     curves: dict[int, list[Profile]] = {}
     for profile in profiles:
-        curves.setdefault(int(profile.label.split(",")[0].split()[1]), []).append(profile)
+        curves.setdefault(profile.tensor, []).append(profile)
     moved = {tensor: max(float((c.y - c.x).abs().max()) for c in found)
              for tensor, found in curves.items()}
     tensors = sorted(sorted(curves, key=moved.__getitem__, reverse=True)[:4])
