@@ -15,7 +15,6 @@ import math
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from results import add_rows, read_rows
@@ -47,17 +46,34 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 _OMNIGLOT = {
-    "task": "omniglot", "ways": 5, "shots": 1, "queries": 5, "filters": 32, "lr": 0.1,
-    "tasks_per_batch": 4, "test_tasks": 600, "adapt_steps": (0, 1, 2, 3, 5, 10),
+    "task": "omniglot",
+    "ways": 5,
+    "shots": 1,
+    "queries": 5,
+    "filters": 32,
+    "lr": 0.1,
+    "tasks_per_batch": 4,
+    "test_tasks": 600,
+    "adapt_steps": (0, 1, 2, 3, 5, 10),
 }
 _VALIDATION = {
-    "test_tasks": 200, "adapt_steps": (1, 5), "task_options": {"validation": 100},
+    "test_tasks": 200,
+    "adapt_steps": (1, 5),
+    "task_options": {"validation": 100},
 }
 STUDIES = {
     "sinusoid": Study(
-        {"task": "sinusoid", "shots": 10, "queries": 10, "lr": 0.01, "tasks_per_batch": 25,
-         "iterations": 3000, "train_steps": 5, "test_tasks": 500,
-         "adapt_steps": (0, 1, 2, 3, 5, 10)},
+        {
+            "task": "sinusoid",
+            "shots": 10,
+            "queries": 10,
+            "lr": 0.01,
+            "tasks_per_batch": 25,
+            "iterations": 3000,
+            "train_steps": 5,
+            "test_tasks": 500,
+            "adapt_steps": (0, 1, 2, 3, 5, 10),
+        },
         init_lrs=(3e-3, 1e-2),
         map_lrs=(3e-3, 1e-2, 3e-2),
     ),
@@ -116,7 +132,8 @@ def best_rates(name: str, variant: str) -> dict[str, float]:
     """The searched rates with the best validation metric after the trained number of steps."""
     steps = STUDIES[name].setting["train_steps"]
     rows = [
-        r for r in read_rows(f"fewshot-{name}")
+        r
+        for r in read_rows(f"fewshot-{name}")
         if r["stage"] == "search" and r["variant"] == variant and r["adapt_steps"] == steps
     ]
     if not rows:
@@ -147,9 +164,7 @@ def main() -> None:
     file = f"fewshot-{arguments.study}"
     worker, workers = (int(x) for x in arguments.worker.split("/"))
     split = "val" if arguments.stage == "search" else "test"
-    for i, (variant, config) in enumerate(
-        runs(arguments.study, arguments.stage, arguments.only)
-    ):
+    for i, (variant, config) in enumerate(runs(arguments.study, arguments.stage, arguments.only)):
         done = {
             (r["stage"], r["variant"], r["init_lr"], r["map_lr"], r["seed"])
             for r in read_rows(file)
@@ -161,16 +176,24 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as out:
             rows = train(config, out, split=split)
         extra = {
-            "stage": arguments.stage, "variant": variant, "lr": config.lr,
-            "init_lr": config.init_lr, "map_lr": config.map_lr, "queries": config.queries,
-            "filters": config.filters, "map_options": config.map_options,
+            "stage": arguments.stage,
+            "variant": variant,
+            "lr": config.lr,
+            "init_lr": config.init_lr,
+            "map_lr": config.map_lr,
+            "queries": config.queries,
+            "filters": config.filters,
+            "map_options": config.map_options,
             "revision": revision(),
         }
         add_rows(file, [{**row, **extra} for row in rows])
         at = next(r for r in rows if r["adapt_steps"] == config.horizon[1])
-        print(f"{arguments.study} {arguments.stage} {variant} init {config.init_lr:g} "
-              f"map {config.map_lr:g} seed {config.seed}: {at['mean']} "
-              f"({at['seconds']} s)", flush=True)
+        print(
+            f"{arguments.study} {arguments.stage} {variant} init {config.init_lr:g} "
+            f"map {config.map_lr:g} seed {config.seed}: {at['mean']} "
+            f"({at['seconds']} s)",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

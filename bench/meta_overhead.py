@@ -75,8 +75,10 @@ def main() -> None:
     learner = MetaLearner(model, lr=LR, steps=STEPS, engine="loop")
     labels = torch.arange(5)
     batch = (
-        torch.randn(TASKS, 5, 1, 28, 28), labels.expand(TASKS, 5),
-        torch.randn(TASKS, 75, 1, 28, 28), labels.repeat_interleave(15).expand(TASKS, 75),
+        torch.randn(TASKS, 5, 1, 28, 28),
+        labels.expand(TASKS, 5),
+        torch.randn(TASKS, 75, 1, 28, 28),
+        labels.repeat_interleave(15).expand(TASKS, 75),
     )
     contenders = {
         "torch.func by hand": lambda: by_hand(model, batch),
@@ -103,11 +105,19 @@ def main() -> None:
         # Each round ran all of them in turn: its ratio is free of the machine's drift.
         ratio = statistics.median(t / b for t, b in zip(taken, base, strict=True))
         cuts = statistics.quantiles(taken, n=5)
-        rows.append({
-            "name": name, "seconds": statistics.median(taken), "p20": cuts[0], "p80": cuts[3],
-            "ratio": ratio, "repeats": repeats, "threads": 1, "revision": revision(),
-            **versions("cpu"),
-        })
+        rows.append(
+            {
+                "name": name,
+                "seconds": statistics.median(taken),
+                "p20": cuts[0],
+                "p80": cuts[3],
+                "ratio": ratio,
+                "repeats": repeats,
+                "threads": 1,
+                "revision": revision(),
+                **versions("cpu"),
+            }
+        )
         print(f"{name:20} {rows[-1]['seconds']:.3f} s   {ratio:.3f} times by hand")
     add_rows("meta_overhead", rows)
 

@@ -22,8 +22,12 @@ IMAGES = ROOT / "docs" / "images"
 PARTS: dict[str, Callable[[], str]] = {}
 MARK = re.compile(r"(<!-- rows: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COLOURS = {
-    "maml": "#56b4e9", "meta-sgd": "#009e73", "meta-curvature": "#e69f00",
-    "mirror": "#d55e00", "mirror, psi linear": "#cc79a7", "mirror, 4 terms": "#0072b2",
+    "maml": "#56b4e9",
+    "meta-sgd": "#009e73",
+    "meta-curvature": "#e69f00",
+    "mirror": "#d55e00",
+    "mirror, psi linear": "#cc79a7",
+    "mirror, 4 terms": "#0072b2",
 }
 PENDING = "*No rows yet: run the command above.*"
 
@@ -43,6 +47,7 @@ def table(head: list[str], body: list[list[str]]) -> str:
 
 def circumstances(rows: list[dict]) -> str:
     """With what and when the rows were measured."""
+
     def seen(key: str) -> str:
         return ", ".join(sorted({str(row[key]) for row in rows}))
 
@@ -125,8 +130,12 @@ def draw_study(study: str) -> None:
         axes.plot(x, mean, marker="o", markersize=4, label=variant, color=COLOURS[variant])
         low = [m - d if percent else max(m - d, m / 3) for m, d in zip(mean, spread, strict=True)]
         axes.fill_between(
-            x, low, [m + d for m, d in zip(mean, spread, strict=True)],
-            color=COLOURS[variant], alpha=0.18, linewidth=0,
+            x,
+            low,
+            [m + d for m, d in zip(mean, spread, strict=True)],
+            color=COLOURS[variant],
+            alpha=0.18,
+            linewidth=0,
         )
     axes.set_xlabel("adaptation steps")
     axes.set_ylabel("query accuracy in %" if percent else "query MSE")
@@ -160,14 +169,26 @@ def stability() -> str:
         last = max(r["adapt_steps"] for r in mine)
         uphill = max(r["uphill"] for r in mine if r["guard"] == "past the trained steps")
         rise = max(r["largest_rise"] for r in mine if r["largest_rise"] is not None)
-        body.append([
-            variant,
-            cell("none", 10), cell("none", last),
-            cell("past the trained steps", 10), cell("past the trained steps", last),
-            f"{100 * uphill:.0f} %", f"{rise:.0e}" if rise else "0",
-        ])
-    head = ["method", "10 steps", "100 steps", "10 steps, guarded", "100 steps, guarded",
-            "tasks going uphill, at worst", "largest relative rise, guarded"]
+        body.append(
+            [
+                variant,
+                cell("none", 10),
+                cell("none", last),
+                cell("past the trained steps", 10),
+                cell("past the trained steps", last),
+                f"{100 * uphill:.0f} %",
+                f"{rise:.0e}" if rise else "0",
+            ]
+        )
+    head = [
+        "method",
+        "10 steps",
+        "100 steps",
+        "10 steps, guarded",
+        "100 steps, guarded",
+        "tasks going uphill, at worst",
+        "largest relative rise, guarded",
+    ]
     seeds = len({r["seed"] for r in rows})
     title = (
         f"Sinusoid, trained at one inner step: query MSE, mean over {seeds} seeds and "
@@ -189,15 +210,21 @@ def draw_stability() -> None:
             steps = sorted({r["adapt_steps"] for r in mine})
             # The worst seed: a method is as safe as its worst.
             worst = [
-                max(ceiling * 10 if r["mean"] is None else r["mean"]
-                    for r in mine if r["adapt_steps"] == s) for s in steps
+                max(
+                    ceiling * 10 if r["mean"] is None else r["mean"]
+                    for r in mine
+                    if r["adapt_steps"] == s
+                )
+                for s in steps
             ]
-            left.plot(steps, worst, style, color=COLOURS[variant],
-                      label=variant if style == "-" else None)
+            left.plot(
+                steps, worst, style, color=COLOURS[variant], label=variant if style == "-" else None
+            )
         mine = [r for r in rows if (r["variant"], r["guard"]) == (variant, GUARDED)]
         steps = sorted({r["adapt_steps"] for r in mine})
-        share = [100 * statistics.mean(r["uphill"] for r in mine if r["adapt_steps"] == s)
-                 for s in steps]
+        share = [
+            100 * statistics.mean(r["uphill"] for r in mine if r["adapt_steps"] == s) for s in steps
+        ]
         right.plot(steps, share, marker="o", markersize=4, color=COLOURS[variant], label=variant)
     left.set_xscale("log")
     left.set_yscale("log")
@@ -242,7 +269,7 @@ def canvas(columns: int = 1):
 
     figure = Figure(figsize=(5.6 * columns, 3.8), dpi=130, layout="constrained")
     axes = figure.subplots(1, columns)
-    for one in (axes if columns > 1 else [axes]):
+    for one in axes if columns > 1 else [axes]:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(color="#e5e5e5", linewidth=0.8)
         one.set_axisbelow(True)

@@ -4,8 +4,9 @@
 
 Sinusoid, trained at one inner step, 3000 meta-iterations, four seeds, at the rates that
 ``bench/fewshot.py sinusoid search`` found. Rows in bench/results/stability.json: the query metric
-after each number of steps, whether every task stayed finite, the largest relative rise of a support
-loss in one guarded step, and the share of tasks whose direction goes uphill (<g, phi_new - phi> > 0).
+after each number of steps, whether every task stayed finite, the largest relative rise of a
+support loss in one guarded step, and the share of tasks whose direction goes uphill
+(<g, phi_new - phi> > 0).
 """
 
 import argparse
@@ -57,19 +58,29 @@ def measure(variant: str, seed: int, options: dict, rates: dict) -> list[dict]:
         losses = result.losses if trusted is None else result.losses[:, trusted:]
         for step in STEPS:
             metric = result.metrics[step]
-            rows.append({
-                "variant": variant, "seed": seed, "guard": guard, "train_steps": 1,
-                "adapt_steps": step, "metric": "mse",
-                "mean": float(metric.mean()) if bool(metric.isfinite().all()) else None,
-                "median": float(metric.nanmedian()),
-                "finite": float(metric.isfinite().float().mean()),
-                "uphill": float(uphill[step - 1]),
-                "largest_rise": largest_rise(losses) if trusted is not None else None,
-                "rejected": None if result.accepted is None
-                else float(1 - result.accepted.float().mean()),
-                "test_tasks": TASKS, **rates, "iterations": config.iterations,
-                "revision": revision(), **versions("cpu"),
-            })
+            rows.append(
+                {
+                    "variant": variant,
+                    "seed": seed,
+                    "guard": guard,
+                    "train_steps": 1,
+                    "adapt_steps": step,
+                    "metric": "mse",
+                    "mean": float(metric.mean()) if bool(metric.isfinite().all()) else None,
+                    "median": float(metric.nanmedian()),
+                    "finite": float(metric.isfinite().float().mean()),
+                    "uphill": float(uphill[step - 1]),
+                    "largest_rise": largest_rise(losses) if trusted is not None else None,
+                    "rejected": None
+                    if result.accepted is None
+                    else float(1 - result.accepted.float().mean()),
+                    "test_tasks": TASKS,
+                    **rates,
+                    "iterations": config.iterations,
+                    "revision": revision(),
+                    **versions("cpu"),
+                }
+            )
     return rows
 
 

@@ -11,6 +11,7 @@ and D_h(x, y) against mu/2 |x - y|^2 and ell/2 |x - y|^2. Rows in bench/results/
 
 import argparse
 import copy
+import itertools
 import json
 import tempfile
 
@@ -40,9 +41,9 @@ def displacements(learner, task, tasks: int) -> list[list[torch.Tensor]]:
             adapted = learner.adapt(task.loss_fn, x, y).params.values()
         init = learner.inner_loop().init
         anchored = learner.mirror_map.anchored
-        found.append([
-            (p - i if anchored else p).detach() for p, i in zip(adapted, init, strict=True)
-        ])
+        found.append(
+            [(p - i if anchored else p).detach() for p, i in zip(adapted, init, strict=True)]
+        )
     return found
 
 
@@ -65,6 +66,7 @@ def curvature(mirror_map, points: list[list[torch.Tensor]]) -> dict[str, float]:
     for x in points:
         at = x if closed else [z.detach() for z in mirror_map(x)]
         for i in range(len(at)):
+
             def one(v: torch.Tensor, i: int = i, at: list = at) -> torch.Tensor:
                 return direction([v if j == i else None for j in range(len(at))])[i]
 
@@ -84,7 +86,7 @@ def curvature(mirror_map, points: list[list[torch.Tensor]]) -> dict[str, float]:
 def distances(mirror_map, points: list[list[torch.Tensor]]) -> dict[str, float]:
     """The extremes of 2 D_h(x, y) / |x - y|^2 over pairs of points, in float64."""
     ratios = []
-    for x, y in zip(points[:-1], points[1:], strict=True):
+    for x, y in itertools.pairwise(points):
         step = [a - b for a, b in zip(x, y, strict=True)]
         ratios.append(float(2 * mirror_map.bregman(x, y) / dot(step, step)))
     return {"distance_min": min(ratios), "distance_max": max(ratios)}
@@ -93,8 +95,14 @@ def distances(mirror_map, points: list[list[torch.Tensor]]) -> dict[str, float]:
 def check(name: str, options: dict, trained: bool) -> dict:
     """One row."""
     setting = {
-        **STUDIES["sinusoid"].setting, "iterations": ITERATIONS, "threads": 1, "map": name,
-        "map_options": options, "test_tasks": 2, "init_lr": 3e-3, "map_lr": 3e-3,
+        **STUDIES["sinusoid"].setting,
+        "iterations": ITERATIONS,
+        "threads": 1,
+        "map": name,
+        "map_options": options,
+        "test_tasks": 2,
+        "init_lr": 3e-3,
+        "map_lr": 3e-3,
     }
     on_network = maps.REGISTRY[name].domain == "reals"
     task = learner = None
@@ -116,12 +124,17 @@ def check(name: str, options: dict, trained: bool) -> dict:
     exact = copy.deepcopy(mirror_map).double()
     wide = [[x.double() for x in point] for point in points]
     row = {
-        "map": name, "options": options, "trained": trained,
+        "map": name,
+        "options": options,
+        "trained": trained,
         "iterations": ITERATIONS if trained else 0,
         "round_trip_float32": round_trip(mirror_map, points),
-        **curvature(exact, wide[:1]), **distances(exact, wide),
-        "mu": exact.strong_convexity().item(), "ell": exact.smoothness().item(),
-        "revision": revision(), **versions("cpu"),
+        **curvature(exact, wide[:1]),
+        **distances(exact, wide),
+        "mu": exact.strong_convexity().item(),
+        "ell": exact.smoothness().item(),
+        "revision": revision(),
+        **versions("cpu"),
     }
     # JSON has no infinity: no bound is None.
     return {k: None if v == float("inf") else v for k, v in row.items()}

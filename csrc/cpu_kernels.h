@@ -8,6 +8,8 @@
 
 namespace {
 
+MIRROR_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Coefficients that a row of values shares.
 template <class T> struct RowUnits {
   Unit<T> unit[kMaxUnits];
@@ -19,7 +21,7 @@ template <class T> struct RowUnits {
       const int64_t i = k * map.columns + column;
       unit[k] = make_unit(map.w[i], map.s[i], map.c[i]);
     }
-    bounds = make_bounds<T, T>(*this);
+    bounds = make_bounds<T>(*this);
   }
   const Unit<T>& operator[](int k) const { return unit[k]; }
 };
@@ -36,7 +38,7 @@ template <class T> struct ColumnUnits {
       const int64_t i = k * map.columns + column;
       unit[k] = make_unit(load(map.w + i, lanes), load(map.s + i, lanes), load(map.c + i, lanes));
     }
-    bounds = make_bounds<T, Vec<T>>(*this);
+    bounds = make_bounds<Vec<T>>(*this);
   }
   const Unit<Vec<T>>& operator[](int k) const { return unit[k]; }
 };
@@ -48,7 +50,7 @@ MIRROR_FN void sweep(const Map<T>& map, int64_t begin, int64_t end, const F& f) 
   if (map.n == 1) {
     for (int64_t i = begin, step; i < end; i += step) {
       const int64_t column = i % map.columns, g = i % map.gain_rows;
-      step = smaller(smaller(full, end - i), map.columns - column);
+      step = least(least(full, end - i), map.columns - column);
       if (step == full) {
         f(ColumnUnits<T>(map, column, All{}), i, g, All{});
       } else {
@@ -58,9 +60,10 @@ MIRROR_FN void sweep(const Map<T>& map, int64_t begin, int64_t end, const F& f) 
     return;
   }
   for (int64_t i = begin; i < end;) {
-    const int64_t row = i / map.n, stop = smaller(end, (row + 1) * map.n);
+    const int64_t row = i / map.n, stop = least(end, (row + 1) * map.n);
     const int64_t shift = (row - row % map.gain_rows) * map.n;
     const RowUnits<T> units(map, row % map.columns);
+    for (; i + 2 * full <= stop; i += 2 * full) f(units, i, i - shift, Two{});
     for (; i + full <= stop; i += full) f(units, i, i - shift, All{});
     if (i < stop) f(units, i, i - shift, (int)(stop - i));
     i = stop;
@@ -90,10 +93,10 @@ template <class T>
 int step(const Map<T>& map, const T* x, const T* g, T lr, T* out, int64_t begin, int64_t end) {
   int status = kConverged;
   sweep(map, begin, end, [&](const auto& units, int64_t i, int64_t e, auto lanes) {
-    const Vec<T> u = load(x + i, lanes);
-    const Vec<T> move = lr * load(g + i, lanes) / load(map.gain + e, lanes, T(1));
-    const Point<Vec<T>> point = psi_slope(u, units);
-    store(out + i, solve<T>(point.value - move, u - move / point.slope, units, status), lanes);
+    const auto u = load(x + i, lanes);
+    const auto move = lr * load(g + i, lanes) / load(map.gain + e, lanes, T(1));
+    const auto point = psi_slope(u, units);
+    store(out + i, solve<T>(point.value - move, u - move * reciprocal(point.slope), units, status), lanes);
   });
   return status;
 }
@@ -130,7 +133,7 @@ template <bool inverted, class T> struct Backward {
     for (int k = 0; k < units.count; ++k) moments[k] = Moments<Vec<T>>{};
     for (int64_t e = begin; e < end;) {
       const int64_t row = column + e / map.n * map.columns, j = e % map.n;
-      const int64_t length = smaller(end - e, map.n - j);
+      const int64_t length = least(end - e, map.n - j);
       int64_t i = row * map.n + j;
       const int64_t stop = i + length, shift = (row - row % map.gain_rows) * map.n;
       for (; i + full <= stop; i += full) element(units, i, i - shift, All{}, moments);
@@ -171,7 +174,7 @@ void backward(const Map<T>& map, const T* grad, const T* at, const Gradients<T>&
   const int64_t rows = map.rows / map.columns;
   if (map.n == 1) {
     for (int64_t column = begin, step; column < end; column += step) {
-      step = smaller<int64_t>(kLanes<T>, end - column);
+      step = least(kLanes<T>, end - column);
       if (step == kLanes<T>) kernel.columns(column, rows, All{});
       else kernel.columns(column, rows, (int)step);
     }
@@ -181,14 +184,115 @@ void backward(const Map<T>& map, const T* grad, const T* at, const Gradients<T>&
   for (int64_t task = begin; task < end; ++task) {
     const int64_t column = task / to.segments, segment = task % to.segments;
     const int64_t first = segment * to.segment;
-    kernel.row_segment(column, first, smaller(first + to.segment, size),
+    kernel.row_segment(column, first, least(first + to.segment, size),
                        to.w + segment * block + column, to.s + segment * block + column,
                        to.c + segment * block + column);
   }
 }
 
+// Lanes of a stored tensor from element i on, in T.
+template <class Count> concept OneRegister = !std::is_same_v<Count, Two>;
+
+template <OneRegister Count>
+MIRROR_FN Vec<double> read(double, const Stored& x, int64_t i, Count lanes) {
+  return load((const double*)x.data + i, lanes);
+}
+template <OneRegister Count>
+MIRROR_FN Vec<float> read(float, const Stored& x, int64_t i, Count lanes) {
+  if (x.type == Storage::f32) return load((const float*)x.data + i, lanes);
+  const Half16 h = load16((const uint16_t*)x.data + i, lanes);
+  return x.type == Storage::f16 ? from_f16(h) : from_bf16(h);
+}
+template <class T> MIRROR_FN Pair<Vec<T>> read(T type, const Stored& x, int64_t i, Two) {
+  return {read(type, x, i, All{}), read(type, x, i + kLanes<T>, All{})};
+}
+
+template <OneRegister Count>
+MIRROR_FN void write(const Stored& x, int64_t i, Vec<double> value, Count lanes) {
+  store((double*)x.data + i, value, lanes);
+}
+template <OneRegister Count>
+MIRROR_FN void write(const Stored& x, int64_t i, Vec<float> value, Count lanes) {
+  if (x.type == Storage::f32) return store((float*)x.data + i, value, lanes);
+  const Half16 h = x.type == Storage::f16 ? to_f16(value) : to_bf16(value);
+  store16((uint16_t*)x.data + i, h, lanes);
+}
+template <class V> MIRROR_FN void write(const Stored& x, int64_t i, Pair<V> value, Two) {
+  write(x, i, value.a, All{});
+  write(x, i + (int64_t)(sizeof(V) / (x.type == Storage::f64 ? 8 : 4)), value.b, All{});
+}
+
+// The smallest number that a storage type rounds to Inf.
+MIRROR_FN double overflow(double, Storage) { return __builtin_inf(); }
+MIRROR_FN float overflow(float, Storage type) {
+  return type == Storage::f16 ? 65520.0f : type == Storage::bf16 ? 0x1.ffp127f : __builtin_inff();
+}
+
+// optim.MirrorDescent's step of one parameter, in place; with displacement u = phi - anchor,
+//
+//   stateless    z = grad h(decay phi - anchor)
+//   dual state   z = zeta + z_0,  or grad h of the decayed anchor + grad h*(zeta + z_0)
+//
+// then z -= lr d, phi = anchor + grad h*(z) and zeta = z - z_0. Elements whose result is not finite
+// keep parameter and state.
+template <class T> int step_(const Entry<T>& entry, const Options<T>& options, int64_t begin,
+                             int64_t end) {
+  int worst = kConverged;
+  const Stored &dual = entry.dual, &buffer = entry.buffer;
+  sweep(entry.map, begin, end, [&](const auto& units, int64_t i, int64_t, auto lanes) {
+    using V = decltype(load((const T*)nullptr, lanes));
+    const auto get = [&](const Stored& x) { return x.data ? read(T{}, x, i, lanes) : V{}; };
+    int status = kConverged;
+    const V gain = entry.map.gain ? load(entry.map.gain + i, lanes, T(1)) : V{} + T(1);
+    const V shrink = entry.map.gain ? 1 / gain : gain;
+    const V anchor = get(entry.anchor), z0 = get(entry.dual_init), old = get(entry.param);
+    const V zeta = get(dual), before = get(buffer);
+    V d = options.scale * get(entry.grad), b{};
+    if (buffer.data) {
+      b = options.momentum * before + d;
+      d = options.nesterov ? d + options.momentum * b : b;
+    }
+    const V move = options.lr * d;
+
+    V u = old, z = zeta + z0;  // the point, unless the dual state says where it is
+    const bool moved = !dual.data || options.decay != 1;  // z has to be taken from the point
+    if (options.primal) {
+      // In units of psi, z / gain.
+      V t = z * shrink;
+      if (moved && dual.data) u = anchor + solve<T>(t, old - anchor, units, status);
+      u = options.decay * u - anchor;
+      V start = u;
+      if (moved) {
+        const auto point = psi_slope(u, units);
+        t = point.value;
+        start = u - move * shrink * reciprocal(point.slope);
+      }
+      t = t - move * shrink;
+      u = solve<T>(t, start, units, status);
+      z = t * gain;
+    } else {
+      if (moved) {
+        if (dual.data) u = anchor + gain * psi(z, units);
+        const V target = (options.decay * u - anchor) * shrink;
+        z = solve<T>(target, dual.data ? z : target, units, status);
+      }
+      z = z - move;
+      u = gain * psi(z, units);
+    }
+    const V y = anchor + u, next = z - z0;
+    const auto good = (abs(y) < overflow(T{}, entry.param.type)) & (abs(next) <= Limits<T>::max) &
+                      (abs(b) < overflow(T{}, buffer.type));
+    if (any(!good) && status == kConverged) status = kNonfinite;
+    worst = worst < status ? status : worst;
+    write(entry.param, i, select(good, y, old), lanes);
+    if (dual.data) write(dual, i, select(good, next, zeta), lanes);
+    if (buffer.data) write(buffer, i, select(good, b, before), lanes);
+  });
+  return worst;
+}
+
 template <class T> constexpr Kernels<T> table() {
-  return {forward<T>, inverse<T>, step<T>, backward<false, T>, backward<true, T>};
+  return {forward<T>, inverse<T>, step<T>, backward<false, T>, backward<true, T>, step_<T>};
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include <atomic>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "cpu.h"
 
@@ -138,6 +139,62 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   return {grad_at, grad_gain, grad_w, grad_s, grad_c};
 }
 
+Storage storage(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case torch::headeronly::ScalarType::Double: return Storage::f64;
+    case torch::headeronly::ScalarType::Half: return Storage::f16;
+    case torch::headeronly::ScalarType::BFloat16: return Storage::bf16;
+    default: return Storage::f32;
+  }
+}
+
+using Tensors = std::vector<Tensor>;
+
+Stored stored(const Tensors& list, size_t i) {
+  if (list.empty()) return {nullptr, Storage::f32};
+  return {list[i].mutable_data_ptr(), storage(list[i])};
+}
+
+template <class T>
+int step_list(const Tensors& params, const Tensors& grads, const Tensors& gains, const Tensors& w,
+              const Tensors& s, const Tensors& c, const Tensors& buffers, const Tensors& anchors,
+              const Tensors& duals, const Tensors& dual_inits, const Options<T>& options) {
+  // All tensors are one range of elements, so that a thread has its share of many small ones.
+  std::vector<Entry<T>> entries;
+  std::vector<int64_t> ends;
+  int64_t total = 0;
+  for (size_t i = 0; i < params.size(); ++i) {
+    const int64_t columns = w[i].size(1), n = columns ? params[i].numel() / columns : 0;
+    const T* gain = gains.empty() ? nullptr : data<T>(gains[i]);
+    const Map<T> map{gain, data<T>(w[i]), data<T>(s[i]), data<T>(c[i]), columns, n, columns, columns,
+                     static_cast<int>(w[i].size(0))};
+    entries.push_back({map, stored(params, i), stored(grads, i), stored(buffers, i),
+                       stored(anchors, i), stored(duals, i), stored(dual_inits, i)});
+    ends.push_back(total += params[i].numel());
+  }
+  return worst(total, [&](int64_t begin, int64_t end) {
+    int status = 0;
+    for (size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin(); begin < end; ++i) {
+      const int64_t start = i ? ends[i - 1] : 0, stop = std::min(end, ends[i]);
+      status = std::max(status, kernels<T>().step_(entries[i], options, begin - start, stop - start));
+      begin = stop;
+    }
+    return status;
+  });
+}
+
+int64_t step_(Tensors params, Tensors grads, Tensors gains, Tensors w, Tensors s, Tensors c,
+              Tensors buffers, Tensors anchors, Tensors duals, Tensors dual_inits, double lr,
+              double momentum, double decay, double scale, bool nesterov, bool primal) {
+  if (params.empty()) return 0;
+  return with_dtype(params[0], [&](auto type) {
+    using T = decltype(type);
+    const Options<T> options{static_cast<T>(lr), static_cast<T>(momentum), static_cast<T>(decay),
+                             static_cast<T>(scale), nesterov, primal};
+    return step_list<T>(params, grads, gains, w, s, c, buffers, anchors, duals, dual_inits, options);
+  });
+}
+
 // The instruction set in use; an empty name leaves it as it is, another selects it.
 std::string instruction_set(std::string name) {
   for (const InstructionSet* set : {&portable, &avx2, &avx512}) {
@@ -157,6 +214,10 @@ STABLE_TORCH_LIBRARY(mirror_opt_cpu, m) {
   m.def(
       "backward(Tensor grad, Tensor at, Tensor gain, Tensor w, Tensor s, Tensor c, bool inverted)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "step_(Tensor(a!)[] params, Tensor[] grads, Tensor[] gains, Tensor[] w, Tensor[] s, Tensor[] c,"
+      " Tensor(b!)[] buffers, Tensor[] anchors, Tensor(c!)[] duals, Tensor[] dual_inits, float lr,"
+      " float momentum, float decay, float scale, bool nesterov, bool primal) -> int");
   m.def("instruction_set(str name) -> str");
 }
 
@@ -165,6 +226,7 @@ STABLE_TORCH_LIBRARY_IMPL(mirror_opt_cpu, CPU, m) {
   m.impl("inverse", TORCH_BOX(&inverse));
   m.impl("step", TORCH_BOX(&step));
   m.impl("backward", TORCH_BOX(&backward));
+  m.impl("step_", TORCH_BOX(&step_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mirror_opt_cpu, CompositeExplicitAutograd, m) {

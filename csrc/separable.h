@@ -3,12 +3,13 @@
 //   psi(u) = u + sum_k w_k [sigma(s_k (u - c_k)) - sigma(-s_k c_k)],   sigma(t) = t / sqrt(1 + t^2)
 //
 // mirror_opt/reference.py is the definition. A value is a number, or a register of numbers (`V`):
-// where they differ, the file that includes this one has defined rsqrt, abs and any. `U` holds the
+// where they differ, the file that includes this one has defined rsqrt, reciprocal, abs, select and any. `U` holds the
 // coefficients: numbers where a row of values shares them, else registers.
 #pragma once
 
 #ifndef MIRROR_FN
 #define MIRROR_FN __host__ __device__ __forceinline__
+#define MIRROR_SLOW __host__ __device__ __noinline__
 #endif
 
 namespace {
@@ -16,14 +17,14 @@ namespace {
 // One unit of psi, and what it takes away to keep the origin fixed: with b = -s c,
 // sigma(s (u - c)) = sigma(s u + b), base = sigma(b), base_slope = sigma'(b).
 template <class U> struct Unit {
-  U w, s, c, b, base, base_slope;
+  U w, s, c, b, base, base_slope, ws;
 };
 
-// Bounds that hold for every u, with m <= psi' <= l and |psi''| <= M.
+// Bounds that hold for every u.
 template <class U> struct Bounds {
-  U span;   // |psi(u) - u| <= span
-  U reach;  // no unit's argument exceeds kSaturated while |u| <= reach
-  U trust;  // a residual r of psi(y) = t with r^2 <= trust * scale needs one more Newton step only
+  U span;       // |psi(u) - u| <= span
+  U reach;      // no unit's argument exceeds kSaturated while |u| <= reach
+  U curvature;  // |psi''(u)| <= curvature
 };
 
 // Here every sigma is 1 to the last bit of a double, and its square is still finite in a float.
@@ -41,34 +42,28 @@ template <> struct Limits<double> {
 enum Status { kConverged = 0, kMaxIterations = 1, kNonfinite = 2 };  // as newton.Status
 constexpr int kMaxSteps = 100;
 
-template <class V> MIRROR_FN V smaller(V a, V b) { return a < b ? a : b; }
-template <class V> MIRROR_FN V larger(V a, V b) { return a > b ? a : b; }
+template <class V> MIRROR_FN V larger(V a, V b) { return select(a > b, a, b); }
 template <class V> MIRROR_FN V clamp(V x, V lower, V upper) {
-  return x < lower ? lower : x > upper ? upper : x;
+  return select(x < lower, lower, select(x > upper, upper, x));
 }
 
 template <class U> MIRROR_FN Unit<U> make_unit(U w, U s, U c) {
   const U b = -s * c, limit = kSaturated + U{};
   const U t = clamp(b, -limit, limit), r = rsqrt(1 + t * t);
-  return {w, s, c, b, t * r, r * (r * r)};
+  return {w, s, c, b, t * r, r * (r * r), w * s};
 }
 
-template <class T, class U, class Units> MIRROR_FN Bounds<U> make_bounds(const Units& units) {
-  U span{}, steepest{}, farthest{}, curvature{}, falling{}, rising{};
+template <class U, class Units> MIRROR_FN Bounds<U> make_bounds(const Units& units) {
+  U span{}, steepest{}, farthest{}, curvature{};
   for (int k = 0; k < units.count; ++k) {
     const auto unit = units[k];
     span += 2 * abs(unit.w);
     steepest = larger(steepest, unit.s);
     farthest = larger(farthest, abs(unit.c));
-    curvature += T(0.8587) * abs(unit.w) * (unit.s * unit.s);  // max |sigma''| = 48 / 5^(5/2)
-    const U slope = unit.w * unit.s;
-    falling += smaller(slope, U{});
-    rising += larger(slope, U{});
+    curvature += abs(unit.w) * (unit.s * unit.s);
   }
-  // After a Newton step from the residual r, |psi(y) - t| <= l (M / 2m) (r / m)^2.
-  const U m = 1 + falling, l = 1 + rising, most = T(1e30) + U{};
-  const U trust = (2 * Limits<T>::eps) * (2 * (m * (m * m))) / (curvature * l);
-  return {span, kSaturated / steepest - farthest, m > 0 ? smaller(trust, most) : -most};
+  // max |sigma''| = 48 / 5^(5/2)
+  return {span, kSaturated / steepest - farthest, curvature * 0.8587f};
 }
 
 template <bool clamped, class V, class U> MIRROR_FN V argument(V u, const Unit<U>& unit) {
@@ -99,7 +94,7 @@ template <bool clamped, class V, class Units> MIRROR_FN Point<V> psi_slope(V u, 
     const V t = argument<clamped>(u, unit);
     const V r = rsqrt(1 + t * t);
     sum += unit.w * (t * r - unit.base);
-    slope += (unit.w * unit.s) * (r * (r * r));
+    slope += unit.ws * (r * (r * r));
   }
   return {u + sum, 1 + slope};
 }
@@ -134,7 +129,7 @@ MIRROR_FN Point<V> accumulate(V u, V q, const Units& units, Moments<V>* moments)
     moments[k].slope += q * (steep - unit.base_slope);
     moments[k].lever += lever * steep;
     sum += unit.w * rise;
-    slope += (unit.w * unit.s) * steep;
+    slope += unit.ws * steep;
   }
   return {u + sum, 1 + slope};
 }
@@ -150,50 +145,72 @@ template <class V, class U> MIRROR_FN void unit_gradient(const Moments<V>& momen
                                                          const Unit<U>& unit, V& w, V& s, V& c) {
   w = moments.w;
   s = unit.w * (moments.lever - unit.c * moments.slope);
-  c = -(unit.w * unit.s) * moments.slope;
+  c = -unit.ws * moments.slope;
 }
 
-// Solves psi(y) = target by safeguarded Newton: newton.solve_monotone, lane by lane. The bracket
-// always holds the root; a step that leaves it, or does not halve the residual, is a bisection.
+// One Newton step towards psi(y) = target, and the lanes for which it is proven to be the last.
 //
-// Two things stop a lane: a residual within rounding, and one so small that the quadratic
-// convergence of Newton's method, with the bounds of psi, proves the next step to be within
-// rounding. That step is taken without evaluating psi again.
+// The proof is Kantorovich's: with p = psi'(y) > 0, residual r and |psi''| <= M, if M |r| <= p^2 / 2
+// then the root is within 2 |r| / p, and the residual after the step is at most 4 M r^2 / p^2.
+template <class V, class M> struct Newton {
+  V residual, y;
+  M last;
+};
+
 template <class T, class V, class Units>
-MIRROR_FN V solve(V target, V start, const Units& units, int& status) {
+MIRROR_FN auto newton(V y, V target, V scale, const Units& units) {
+  const auto point = psi_slope(y, units);
+  const V residual = point.value - target, square = point.slope * point.slope;
+  const V error = units.bounds.curvature * abs(residual);
+  const auto last = (2 * error <= square) & (point.slope > 0) &
+                    (error * abs(residual) <= (2 * Limits<T>::eps) * (square * scale));
+  return Newton<V, decltype(last)>{residual, y - residual * reciprocal(point.slope), last};
+}
+
+// newton.solve_monotone, lane by lane. The bracket always holds the root; a step that leaves it, or
+// does not halve the residual, is a bisection. A lane stops when its residual is within rounding,
+// and after the last Newton step, without evaluating psi again.
+template <class T, class V, class Units>
+MIRROR_SLOW V solve_in_bracket(V target, V start, const Units& units, int& status) {
   using L = Limits<T>;
   const V bracket = T(1.05) * units.bounds.span + (4 * L::eps) * abs(target) + L::tiny;
   const V scale = abs(target) + units.bounds.span;
   V lower = target - bracket, upper = target + bracket;
   V y = clamp(start, lower, upper);
-  V previous = L::max + V{};
-  V residual{};
+  V previous = L::max + V{}, residual{};
   auto done = target < target;
   auto bisected = done;
   for (int i = 0;; ++i) {
-    const auto point = psi_slope(y, units);
-    residual = point.value - target;
-    const V newton = y - residual / point.slope;
-    const auto trusted = (!done) & (residual * residual <= units.bounds.trust * scale);
+    const auto step = newton<T>(y, target, scale, units);
+    residual = step.residual;
+    const auto last = (!done) & step.last;
     // A NaN residual never improves: it is done too. So are neighbouring floats.
-    done = done | trusted | !(abs(residual) > 8 * L::eps * scale) |
+    done = done | last | !(abs(residual) > (8 * L::eps) * scale) |
            (upper - lower <= (4 * L::eps) * abs(y) + L::tiny);
-    y = trusted ? newton : y;
+    y = select(last, step.y, y);
     if (!any(!done) || i == kMaxSteps) break;
-    lower = (!done) & (residual < 0) ? y : lower;
-    upper = (!done) & (residual > 0) ? y : upper;
-    const auto inside = (bisected | (abs(residual) <= T(0.5) * previous)) & (newton > lower) &
-                        (newton < upper);
-    const V next = inside ? newton : lower + T(0.5) * (upper - lower);
-    y = done ? y : next;
+    lower = select((!done) & (residual < 0), y, lower);
+    upper = select((!done) & (residual > 0), y, upper);
+    const auto inside = (bisected | (abs(residual) <= T(0.5) * previous)) & (step.y > lower) &
+                        (step.y < upper);
+    const V next = select(inside, step.y, lower + T(0.5) * (upper - lower));
+    y = select(done, y, next);
     bisected = !inside;
     previous = abs(residual);
   }
   const auto finite = (abs(target) <= L::max) & (abs(residual) <= L::max);
-  if (any(!done)) status = status > kMaxIterations ? status : kMaxIterations;
   if (any(!finite)) status = kNonfinite;
+  else if (any(!done) && status < kMaxIterations) status = kMaxIterations;
   const V nothing = (V{} + L::max) * L::max * V{};
-  return finite & done ? y : nothing;
+  return select(finite & done, y, nothing);
+}
+
+// Solves psi(y) = target; NaN, and a status that says why, where that failed.
+template <class T, class V, class Units>
+MIRROR_FN V solve(V target, V start, const Units& units, int& status) {
+  const auto step = newton<T>(start, target, abs(target) + units.bounds.span, units);
+  if (!any(!step.last)) return step.y;
+  return solve_in_bracket<T>(target, start, units, status);
 }
 
 }  // namespace

@@ -7,11 +7,13 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #define MIRROR_FN inline __attribute__((always_inline))
+#define MIRROR_SLOW __attribute__((noinline, cold))
 
 namespace {
 
@@ -111,6 +113,57 @@ template <class T> MIRROR_FN Vec<T> load(const T* p, int count, T fill) {
   return v;
 }
 
+// Half precision, 16 bits a lane.
+typedef uint16_t Half16 __attribute__((vector_size(kBytes / 2)));
+typedef uint32_t Bits32 __attribute__((vector_size(kBytes)));
+
+MIRROR_FN Half16 load16(const uint16_t* p, All) {
+  Half16 h;
+  std::memcpy(&h, p, sizeof(h));
+  return h;
+}
+MIRROR_FN Half16 load16(const uint16_t* p, int count) {
+  Half16 h{};
+  std::memcpy(&h, p, count * sizeof(uint16_t));
+  return h;
+}
+MIRROR_FN void store16(uint16_t* p, Half16 h, All) { std::memcpy(p, &h, sizeof(h)); }
+MIRROR_FN void store16(uint16_t* p, Half16 h, int count) {
+  std::memcpy(p, &h, count * sizeof(uint16_t));
+}
+
+MIRROR_FN Vec<float> from_bf16(Half16 h) {
+  return (Vec<float>)(__builtin_convertvector(h, Bits32) << 16);
+}
+// To nearest, ties to even. A NaN may come out as another NaN or as Inf.
+MIRROR_FN Half16 to_bf16(Vec<float> x) {
+  const Bits32 bits = (Bits32)x;
+  return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Half16);
+}
+
+MIRROR_FN Vec<float> from_f16(Half16 h) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_maskz_cvtph_ps((__mmask16)-1, (__m256i)h);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_cvtph_ps((__m128i)h);
+#else
+  Vec<float> x;
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = (float)__builtin_bit_cast(_Float16, (uint16_t)h[i]);
+  return x;
+#endif
+}
+MIRROR_FN Half16 to_f16(Vec<float> x) {
+#if defined(__AVX512F__)
+  return (Half16)_mm512_maskz_cvtps_ph((__mmask16)-1, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__AVX2__)
+  return (Half16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  Half16 h;
+  for (int i = 0; i < kLanes<float>; ++i) h[i] = __builtin_bit_cast(uint16_t, (_Float16)x[i]);
+  return h;
+#endif
+}
+
 // 1 / sqrt(d) for normal d >= 1. The estimates of x86 hold 14 (AVX-512) and 11 bits (AVX2); one
 // step of Newton's method, or of Halley's, brings them to within 2 units in the last place.
 MIRROR_FN Vec<float> rsqrt(Vec<float> d) {
@@ -138,6 +191,75 @@ MIRROR_FN Vec<double> rsqrt(Vec<double> d) {
 MIRROR_FN Vec<float> abs(Vec<float> x) { return (Vec<float>)((Mask32)x & 0x7fffffff); }
 MIRROR_FN Vec<double> abs(Vec<double> x) {
   return (Vec<double>)((Mask64)x & 0x7fffffffffffffff);
+}
+
+// 1 / x to a few units in the last place, for x that is neither huge nor tiny.
+MIRROR_FN Vec<float> reciprocal(Vec<float> x) {
+#if defined(__AVX512F__)
+  Vec<float> r = (Vec<float>)_mm512_maskz_rcp14_ps((__mmask16)-1, (__m512)x);
+  return r + r * (1.0f - x * r);
+#elif defined(__AVX2__)
+  Vec<float> r = (Vec<float>)_mm256_rcp_ps((__m256)x);
+  return r + r * (1.0f - x * r);
+#else
+  return 1.0f / x;
+#endif
+}
+
+MIRROR_FN Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
+
+template <class M, class V> MIRROR_FN V select(M mask, V a, V b) { return mask ? a : b; }
+
+// Two registers at once: what one waits for, the other fills.
+template <class R> struct Pair {
+  R a, b;
+};
+
+template <class T> concept Number = std::is_arithmetic_v<T>;
+
+#define MIRROR_PAIR_OPERATOR(op)                                                                  \
+  template <class R> MIRROR_FN auto operator op(Pair<R> x, Pair<R> y) {                           \
+    return Pair<decltype(x.a op y.a)>{x.a op y.a, x.b op y.b};                                    \
+  }                                                                                               \
+  template <class R, Number N> MIRROR_FN auto operator op(Pair<R> x, N y) {                       \
+    return Pair<decltype(x.a op y)>{x.a op y, x.b op y};                                          \
+  }                                                                                               \
+  template <class R, Number N> MIRROR_FN auto operator op(N x, Pair<R> y) {                       \
+    return Pair<decltype(x op y.a)>{x op y.a, x op y.b};                                          \
+  }
+MIRROR_PAIR_OPERATOR(+)
+MIRROR_PAIR_OPERATOR(-)
+MIRROR_PAIR_OPERATOR(*)
+MIRROR_PAIR_OPERATOR(/)
+MIRROR_PAIR_OPERATOR(<)
+MIRROR_PAIR_OPERATOR(>)
+MIRROR_PAIR_OPERATOR(<=)
+MIRROR_PAIR_OPERATOR(&)
+MIRROR_PAIR_OPERATOR(|)
+#undef MIRROR_PAIR_OPERATOR
+
+template <class R> MIRROR_FN Pair<R> operator-(Pair<R> x) { return {-x.a, -x.b}; }
+template <class R> MIRROR_FN Pair<R> operator!(Pair<R> x) { return {!x.a, !x.b}; }
+template <class R> MIRROR_FN Pair<R>& operator+=(Pair<R>& x, Pair<R> y) { return x = x + y; }
+template <class R> MIRROR_FN Pair<R> rsqrt(Pair<R> x) { return {rsqrt(x.a), rsqrt(x.b)}; }
+template <class R> MIRROR_FN Pair<R> reciprocal(Pair<R> x) {
+  return {reciprocal(x.a), reciprocal(x.b)};
+}
+template <class R> MIRROR_FN Pair<R> abs(Pair<R> x) { return {abs(x.a), abs(x.b)}; }
+template <class M> MIRROR_FN bool any(Pair<M> m) { return any(m.a | m.b); }
+template <class M, class R> MIRROR_FN Pair<R> select(Pair<M> m, Pair<R> x, Pair<R> y) {
+  return {select(m.a, x.a, y.a), select(m.b, x.b, y.b)};
+}
+
+// Two whole registers, where a count of lanes could stand.
+struct Two {};
+template <class T> MIRROR_FN Pair<Vec<T>> load(const T* p, Two) {
+  return {load(p), load(p + kLanes<T>)};
+}
+template <class T> MIRROR_FN Pair<Vec<T>> load(const T* p, Two, T) { return load(p, Two{}); }
+template <class T> MIRROR_FN void store(T* p, Pair<Vec<T>> v, Two) {
+  store(p, v.a);
+  store(p + kLanes<T>, v.b);
 }
 
 // A number goes the way of the registers, so that both round alike.

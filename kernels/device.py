@@ -129,7 +129,8 @@ def _bound(sums, unit):
 @triton.jit
 def coefficients(w_ptr, s_ptr, c_ptr, channel, channels, K: tl.constexpr):
     """The ``Coefficients`` of a channel, or a block of channels, out of ``(K, channels)``."""
-    sums = (channel * 0.0, channel * 0.0, channel * 0.0 + 1e-20, channel * 0.0, channel * 0.0)
+    zero = channel * 0.0  # one for each channel: a loop keeps its shapes
+    sums = (zero, zero, zero + 1e-20, zero, zero)
     if K <= _IN_REGISTERS:
         units = ()
         for k in tl.static_range(K):
@@ -203,7 +204,7 @@ def psi_and_slope(u, p, K: tl.constexpr):
 @triton.jit
 def sigmoid_sums(u, q, unit, p):
     """q sigma(t), q sigma'(t), q t sigma'(t) of one unit: what the coefficients' gradients sum."""
-    w, s, b = unit
+    _, s, b = unit
     t = s * _within(u, p.reach) + b
     r = _rsqrt(t * t + 1.0)
     slope = q * (r * r * r)

@@ -26,9 +26,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from mirror_opt.errors import InputError
 from mirror_opt.kernels.device import (
     any_true,
     coefficients,
@@ -39,6 +36,9 @@ from mirror_opt.kernels.device import (
     solve_near,
 )
 from mirror_opt.kernels.separable import check_device
+from torch import Tensor
+
+from mirror_opt.errors import InputError
 
 __all__ = ["step_"]
 
@@ -362,25 +362,21 @@ def _check(item: _Item) -> None:
             f"Invalid w of shape {tuple(w.shape)} for a parameter of shape {shape}: pass (K, C), "
             "where C divides its number of elements"
         )
-    half = tuple(_DTYPES)
-    legal = {
-        "param": (half, [shape]), "grad": (half, [shape]), "buffer": (half, [shape]),
-        "anchor": (half, [shape]), "gain": (half[:1], [shape, (channels,)]),
-        "dual": (half[:1], [shape]), "dual_init": (half[:1], [shape]),
-        "w": (half[:1], [tuple(w.shape)]), "s": (half[:1], [tuple(w.shape)]),
-        "c": (half[:1], [tuple(w.shape)]),
-    }
-    for (name, (dtypes, shapes)), x in zip(legal.items(), item, strict=True):
-        if x is not None and (x.dtype not in dtypes or tuple(x.shape) not in shapes):
+    floats, single = tuple(_DTYPES), (torch.float32,)
+    dtypes_of = dict.fromkeys(_Item._fields, single)
+    dtypes_of |= dict.fromkeys(("param", "grad", "buffer", "anchor"), floats)
+    for name, x in item._asdict().items():
+        shapes = [tuple(w.shape)] if name in "wsc" else [shape]
+        if name == "gain":
+            shapes.append((channels,))
+        if x is not None and (x.dtype not in dtypes_of[name] or tuple(x.shape) not in shapes):
             raise InputError(
-                f"Invalid {name} of shape {tuple(x.shape)} and dtype {x.dtype} for a parameter of "
-                f"shape {shape}: pass {' or '.join(map(str, shapes))}, "
-                f"{' or '.join(map(str, dtypes))}"
+                f"Invalid {name} of shape {tuple(x.shape)} and dtype {x.dtype}: pass "
+                f"{' or '.join(map(str, shapes))}, {' or '.join(map(str, dtypes_of[name]))}"
             )
-    if item.buffer is not None and item.anchor is not None and item.buffer.dtype != item.anchor.dtype:
-        raise InputError(
-            f"Invalid anchor of dtype {item.anchor.dtype}: pass the buffer's, {item.buffer.dtype}"
-        )
+    states = {x.dtype for x in (item.buffer, item.anchor) if x is not None}
+    if len(states) > 1:
+        raise InputError(f"buffers and anchors of dtypes {states}: pass one dtype for both")
 
 
 def _laid_out(item: _Item) -> _Item:

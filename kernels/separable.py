@@ -14,9 +14,6 @@ that a result is the same bit for bit whenever it is computed again.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from mirror_opt.errors import InputError
 from mirror_opt.kernels.device import (
     any_true,
     coefficients,
@@ -28,6 +25,9 @@ from mirror_opt.kernels.device import (
     solve,
     solve_near,
 )
+from torch import Tensor
+
+from mirror_opt.errors import InputError
 
 __all__ = ["backward", "check_device", "forward", "inverse", "step"]
 
@@ -168,7 +168,8 @@ def _sum_stretch(partial_ptr, slot, length, columns, channel, JB: tl.constexpr, 
     for start in range(0, length, JB):
         at = start + tl.arange(0, JB)[:, None]
         inside = (at < length) & (channel[None, :] < columns)
-        total += tl.load(base + at.to(tl.int64) * columns + channel[None, :], mask=inside, other=0.0)
+        at = at.to(tl.int64) * columns + channel[None, :]
+        total += tl.load(base + at, mask=inside, other=0.0)
     return tl.sum(total, 0)
 
 
@@ -220,8 +221,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of S in u = ``at``, gain, w, s and c, from that of S(u); two launches.
 
-    With ``inverted`` those of S^-1, whose value is ``at``. The gain's is ``(rows, n)`` float32: that
-    of each entry's own gain.
+    With ``inverted`` those of S^-1, whose value is ``at``. The gain's is ``(rows, n)`` float32: one
+    for each entry.
     """
     _check(at, gain, (w, s, c), grad=grad)
     (rows, n), (units, columns) = at.shape, w.shape

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from mirror_opt import fewshot, maps, meta
+from mirror_opt import backends, fewshot, maps, meta
 from mirror_opt.errors import InputError
 from mirror_opt.fewshot.cache import cache_dir
 from mirror_opt.runs import plots, results
@@ -103,14 +103,16 @@ def _maps(arguments: argparse.Namespace) -> None:
         if not cls.is_dgf:
             lines.append((name, "-", "-", "-", "-", cls.summary))
             continue
-        lines.append((
-            name,
-            "yes" if bool(mirror_map.strong_convexity() > 0) else "none",
-            "yes" if bool(mirror_map.smoothness().isfinite()) else "none",
-            "closed" if mirror_map.forward_is_closed else "Newton",
-            "closed" if mirror_map.inverse_is_closed else "Newton",
-            cls.summary,
-        ))
+        lines.append(
+            (
+                name,
+                "yes" if bool(mirror_map.strong_convexity() > 0) else "none",
+                "yes" if bool(mirror_map.smoothness().isfinite()) else "none",
+                "closed" if mirror_map.forward_is_closed else "Newton",
+                "closed" if mirror_map.inverse_is_closed else "Newton",
+                cls.summary,
+            )
+        )
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     for line in lines:
         cells = (f"{cell:{width}}" for cell, width in zip(line, widths, strict=True))
@@ -134,6 +136,8 @@ def _info(arguments: argparse.Namespace) -> None:
         "data": f"{data} (absent)" if absent else data,
         "cache": cache_dir(),
     }
+    for row in backends.status():
+        facts[f"backend {row.name}"] = row.runs_on or f"not available: {row.reason}"
     width = max(map(len, facts))
     for name, fact in facts.items():
         print(f"{name:{width}}  {fact}")
@@ -179,7 +183,10 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, function: Callable, help: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
-            name, help=help, description=help, allow_abbrev=False,
+            name,
+            help=help,
+            description=help,
+            allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
         )
         sub.set_defaults(function=function)
@@ -202,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data-dir", help="where the data of omniglot or folder is now")
     sub.add_argument("--out", required=True, help="the run's directory")
     command("maps", _maps, "list the mirror maps")
-    command("info", _info, "versions, devices, data and cache folders")
+    command("info", _info, "versions, devices, data and cache folders, backends")
     return parser
 
 

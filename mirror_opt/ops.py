@@ -54,11 +54,10 @@ _library.define(
 
 def _implementation(operator: str, x: int, w: int, sigma: int) -> Callable:
     """Calls the backend that serves the arguments at these places."""
-    function = operator.removeprefix("separable_")
 
     def run(*args):
         module = backends.choose(operator, args[x], len(args[w]), args[sigma])
-        return getattr(module, function)(*args)
+        return getattr(module, operator)(*args)
 
     return run
 
@@ -202,19 +201,19 @@ def _call(name: str, *args):
 
 
 _register(
-    "separable_forward", _implementation("separable_forward", 0, 2, 5), _fake_forward,
+    "separable_forward", _implementation("forward", 0, 2, 5), _fake_forward,
     _save_forward, _forward_gradient, _vmap_forward,
 )
 _register(
-    "separable_inverse", _implementation("separable_inverse", 0, 2, 5), _fake_solve,
+    "separable_inverse", _implementation("inverse", 0, 2, 5), _fake_solve,
     _save_inverse, _inverse_gradient, _vmap_inverse,
 )
 _register(
-    "separable_step", _implementation("separable_step", 0, 4, 7), _fake_solve,
+    "separable_step", _implementation("step", 0, 4, 7), _fake_solve,
     _save_step, _step_gradient, _vmap_step,
 )
 _register(
-    "separable_backward", _implementation("separable_backward", 1, 3, 6), _fake_backward,
+    "separable_backward", _implementation("backward", 1, 3, 6), _fake_backward,
     _save_backward, _backward_gradient, _vmap_backward,
 )
 
@@ -235,7 +234,8 @@ def separable_forward(u: Tensor, gain: Tensor, units: Units, sigma: str = "algeb
         InputError: the backend that was chosen by name does not serve these operands.
     """
     u, gain, *units = _aligned((u,), gain, units)
-    if backends.choose("separable_forward", u, len(units[0]), sigma) is plain:
+    choice = (u, len(units[0]), sigma)
+    if not torch.compiler.is_compiling() and backends.choose("forward", *choice) is plain:
         # Autograd keeps what the operator's backward would compute again.
         return gain * reference.psi(u, Units(*units), sigma)
     return _call("separable_forward", u, gain, *units, sigma)

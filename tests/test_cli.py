@@ -10,8 +10,18 @@ from mirror_opt import fewshot, maps
 from mirror_opt.cli import main
 
 SMALL = [
-    "--iterations", "2", "--tasks-per-batch", "2", "--queries", "2", "--train-steps", "1",
-    "--adapt-steps", "0,1", "--test-tasks", "2",
+    "--iterations",
+    "2",
+    "--tasks-per-batch",
+    "2",
+    "--queries",
+    "2",
+    "--train-steps",
+    "1",
+    "--adapt-steps",
+    "0,1",
+    "--test-tasks",
+    "2",
 ]
 IMAGES = ["--ways", "2", "--filters", "2", *SMALL]
 
@@ -19,8 +29,9 @@ IMAGES = ["--ways", "2", "--filters", "2", *SMALL]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("glyphs") / "run"
-    assert main(["train", "--task", "glyphs", "--method", "mirror", *IMAGES,
-                 "--out", str(out)]) == 0
+    assert (
+        main(["train", "--task", "glyphs", "--method", "mirror", *IMAGES, "--out", str(out)]) == 0
+    )
     return out
 
 
@@ -123,14 +134,14 @@ def test_evaluate(trained, tmp_path, capsys):
     assert printed[0].startswith("glyphs, 2-way 2-shot, trained at 1 step")
     rows = json.loads((out / "results.json").read_text())
     assert [(row["adapt_steps"], row["shots"], row["guard"]) for row in rows] == [
-        (0, 1, "auto"), (1, 1, "auto"), (3, 2, "off"),
+        (0, 1, "auto"),
+        (1, 1, "auto"),
+        (3, 2, "off"),
     ]
     assert run("plot", "--out", out) == 0
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--filters", "3"], ["--ways", "3"], ["--task", "sinusoid"]]
-)
+@pytest.mark.parametrize("arguments", [["--filters", "3"], ["--ways", "3"], ["--task", "sinusoid"]])
 def test_a_checkpoint_of_another_model(trained, tmp_path, capsys, arguments):
     out = shutil.copytree(trained, tmp_path / "copy")
     before = (out / "results.json").read_bytes()
@@ -159,8 +170,21 @@ def test_damaged_and_absent_checkpoints(trained, tmp_path, capsys):
 
 def test_other_data_for_a_folder_run(image_folder, tmp_path, capsys):
     out = tmp_path / "run"
-    assert run("train", "--task", "folder", "--method", "fomaml", "--data-dir", image_folder,
-               *IMAGES, "--out", out) == 0
+    assert (
+        run(
+            "train",
+            "--task",
+            "folder",
+            "--method",
+            "fomaml",
+            "--data-dir",
+            image_folder,
+            *IMAGES,
+            "--out",
+            out,
+        )
+        == 0
+    )
     moved = shutil.copytree(image_folder, tmp_path / "moved")
     assert run("evaluate", "--out", out, "--data-dir", moved) == 0
     assert run("plot", "--out", out, "--data-dir", moved) == 0
@@ -170,7 +194,12 @@ def test_default_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("compare", "--task", "sinusoid", "--methods", "anil", *SMALL) == 0
     assert sorted(os.listdir("runs/sinusoid-compare")) == [
-        "adaptation.png", "anil", "config.json", "fits.png", "results.json", "training.png",
+        "adaptation.png",
+        "anil",
+        "config.json",
+        "fits.png",
+        "results.json",
+        "training.png",
     ]
 
 
@@ -190,8 +219,15 @@ def test_info(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("MIRROR_OPT_DATA", str(tmp_path / "gone"))
     assert run("info") == 0
     out = capsys.readouterr().out
-    for word in ("mirror_opt", "torch", "python", "threads", "cache", "gone (absent)",
-                 ", ".join(fewshot.TASKS)):
+    for word in (
+        "mirror_opt",
+        "torch",
+        "python",
+        "threads",
+        "cache",
+        "gone (absent)",
+        ", ".join(fewshot.TASKS),
+    ):
         assert word in out
 
 

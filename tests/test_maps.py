@@ -189,8 +189,12 @@ def test_none_passes_through(name, options):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [c for c in CASES if not maps.create(
-        c.values[0], [torch.zeros(2, 2)], **c.values[1]).inverse_is_closed]
+    ("name", "options"),
+    [
+        c
+        for c in CASES
+        if not maps.create(c.values[0], [torch.zeros(2, 2)], **c.values[1]).inverse_is_closed
+    ],
 )
 def test_solved_inverse_reports_nonfinite_input(name, options):
     mirror_map = learned(name, options, shapes=((2, 3),))
@@ -211,9 +215,7 @@ def test_calibration_sets_the_scale(name):
             if key.endswith(".p"):
                 p.fill_(1.0)
     # At the calibrated scale the curve bends; far inside it is a straight line.
-    bend = [
-        (mirror_map.inverse([k * tiny])[0] / (k * tiny)).std().item() for k in (1.0, 1e-6)
-    ]
+    bend = [(mirror_map.inverse([k * tiny])[0] / (k * tiny)).std().item() for k in (1.0, 1e-6)]
     assert bend[0] > 1e-2
     assert mirror_map.profiles()
     before = [p.clone() for p in mirror_map.state_dict().values()]

@@ -26,9 +26,7 @@ def batch_norm_net() -> nn.Module:
 
 def tasks(n: int = 6):
     torch.manual_seed(1)
-    return tuple(
-        torch.randn(TASKS, n, d, dtype=torch.float64) for d in (2, 1, 2, 1)
-    )
+    return tuple(torch.randn(TASKS, n, d, dtype=torch.float64) for d in (2, 1, 2, 1))
 
 
 def learned(learner: MetaLearner) -> MetaLearner:
@@ -57,9 +55,7 @@ def hand_written_maml(model, data, lr, steps, first_order):
         params = init
         for _ in range(steps):
             out = torch.func.functional_call(model, dict(zip(names, params, strict=True)), (sx,))
-            grads = torch.autograd.grad(
-                F.mse_loss(out, sy), params, create_graph=not first_order
-            )
+            grads = torch.autograd.grad(F.mse_loss(out, sy), params, create_graph=not first_order)
             params = [p - lr * g for p, g in zip(params, grads, strict=True)]
         out = torch.func.functional_call(model, dict(zip(names, params, strict=True)), (qx,))
         losses.append(F.mse_loss(out, qy))
@@ -88,9 +84,7 @@ def test_engines_agree(name, net):
     for engine in ("loop", "vmap"):
         model = net()
         mirror_map = maps.create(name, list(model.parameters()))
-        learner = MetaLearner(
-            model, mirror_map, lr=0.1, steps=2, learn_lr=True, engine=engine
-        )
+        learner = MetaLearner(model, mirror_map, lr=0.1, steps=2, learn_lr=True, engine=engine)
         gradients.append(meta_gradient(learned(learner)))
     assert gradients[0].keys() == gradients[1].keys()
     assert "log_lr" in gradients[0]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from mirror_opt import maps, meta
 from mirror_opt.errors import InputError
-from mirror_opt.meta import METHODS, MetaLearner, NonFiniteLoss
+from mirror_opt.meta import METHODS, MetaLearner, NonFiniteLossError
 from mirror_opt.meta.engines import choose_engine
 
 KINDS = pytest.mark.parametrize("engine", ["loop", "vmap"])
@@ -32,7 +32,7 @@ def test_every_method_learns(method, engine):
     learner = meta.build(method, model(), lr=0.05, steps=2, engine=engine)
     learner.calibrate(F.mse_loss, *data()[:2])
     groups = learner.param_groups(init_lr=0.01, map_lr=0.01)
-    assert [g["name"] for g in groups][0] == "init"
+    assert next(g["name"] for g in groups) == "init"
     optimizer = torch.optim.Adam(groups)
     losses = []
     for _ in range(30):
@@ -104,16 +104,16 @@ def test_nonfinite_losses_name_task_and_step(engine):
     learner = MetaLearner(model(), lr=0.1, steps=2, engine=engine)
     bad = sx.clone()
     bad[2] = float("nan")
-    with pytest.raises(NonFiniteLoss, match="step 0 of task 2") as caught:
+    with pytest.raises(NonFiniteLossError, match="step 0 of task 2") as caught:
         learner.meta_loss(F.mse_loss, bad, sy, qx, qy)
     assert (caught.value.task, caught.value.step) == (2, 0)
-    with pytest.raises(NonFiniteLoss, match="query loss"):
+    with pytest.raises(NonFiniteLossError, match="query loss"):
         learner.meta_loss(F.mse_loss, sx, sy, bad, qy)
-    with pytest.raises(NonFiniteLoss):
+    with pytest.raises(NonFiniteLossError):
         learner.adapt_batch(F.mse_loss, bad, sy)
     skipping = MetaLearner(model(), lr=0.1, steps=2, engine=engine, nonfinite="skip")
     assert torch.isfinite(skipping.meta_loss(F.mse_loss, bad, sy, qx, qy))
-    with pytest.raises(NonFiniteLoss):
+    with pytest.raises(NonFiniteLossError):
         skipping.meta_loss(F.mse_loss, torch.full_like(sx, float("nan")), sy, qx, qy)
 
 

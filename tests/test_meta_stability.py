@@ -30,9 +30,7 @@ def data():
 
 def follow(learner, guard):
     x, y = data()
-    return learner.evaluate(
-        F.mse_loss, F.mse_loss, x, y, x, y, adapt_steps=(1, STEPS), guard=guard
-    )
+    return learner.evaluate(F.mse_loss, F.mse_loss, x, y, x, y, adapt_steps=(1, STEPS), guard=guard)
 
 
 @pytest.mark.parametrize("map_name", ["euclidean", "kronecker", "separable", "meta-curvature"])

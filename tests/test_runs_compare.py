@@ -128,15 +128,23 @@ def test_an_unfinished_run_is_evaluated_for_what_it_is(compared):
 def test_table():
     config = RunConfig.create("glyphs", "mirror")
     row = dict.fromkeys(results.ROW) | {
-        "method": "mirror", "map": "kronecker", "task": "glyphs", "ways": 5, "shots": 1,
-        "train_steps": config.train_steps, "metric": "accuracy", "test_tasks": 600,
+        "method": "mirror",
+        "map": "kronecker",
+        "task": "glyphs",
+        "ways": 5,
+        "shots": 1,
+        "train_steps": config.train_steps,
+        "metric": "accuracy",
+        "test_tasks": 600,
         "guard": "auto",
     }
-    lines = results.table([
-        row | {"adapt_steps": 1, "mean": 0.9512, "ci95": 0.0061},
-        row | {"adapt_steps": 10, "mean": 0.96, "ci95": 0.005},
-        row | {"method": "maml", "map": None, "adapt_steps": 1, "mean": None, "ci95": None},
-    ]).splitlines()
+    lines = results.table(
+        [
+            row | {"adapt_steps": 1, "mean": 0.9512, "ci95": 0.0061},
+            row | {"adapt_steps": 10, "mean": 0.96, "ci95": 0.005},
+            row | {"method": "maml", "map": None, "adapt_steps": 1, "mean": None, "ci95": None},
+        ]
+    ).splitlines()
     assert lines[0] == (
         "glyphs, 5-way 1-shot, trained at 1 step: query accuracy in %, "
         "mean ± 95% interval over 600 tasks"

@@ -56,8 +56,10 @@ def test_one_flipped_bit_in_a_tensor(path):
         # 24 bytes of float32: the weight of STATE.
         entry = next(info for info in archive.infolist() if info.file_size == 24)
     header = entry.header_offset
-    start = header + 30 + sum(
-        int.from_bytes(data[header + at : header + at + 2], "little") for at in (26, 28)
+    start = (
+        header
+        + 30
+        + sum(int.from_bytes(data[header + at : header + at + 2], "little") for at in (26, 28))
     )
     assert bytes(data[start : start + 24]) == STATE["learner"]["weight"].numpy().tobytes()
     data[start + 7] ^= 1

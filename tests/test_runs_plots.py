@@ -17,8 +17,16 @@ TINY = {"iterations": 3, "tasks_per_batch": 2, "queries": 3, "adapt_steps": "0,2
 
 def row(**values):
     common = {
-        "method": "maml", "map": None, "task": "sinusoid", "ways": None, "shots": 10,
-        "train_steps": 5, "metric": "mse", "test_tasks": 4, "guard": "auto", "ci95": 0.1,
+        "method": "maml",
+        "map": None,
+        "task": "sinusoid",
+        "ways": None,
+        "shots": 10,
+        "train_steps": 5,
+        "metric": "mse",
+        "test_tasks": 4,
+        "guard": "auto",
+        "ci95": 0.1,
     }
     return dict.fromkeys(results.ROW) | common | values
 
@@ -34,7 +42,8 @@ def test_every_picture_of_a_comparison(tmp_path):
     written = plots.draw(tmp_path)
     names = {"adaptation.png", "training.png", "fits.png"}
     assert {os.path.relpath(path, tmp_path) for path in written} == {
-        *names, "map.png",
+        *names,
+        "map.png",
         *(os.path.join("maml", name) for name in names),
         *(os.path.join("mirror", name) for name in (*names, "map.png")),
     }
@@ -46,7 +55,10 @@ def test_every_picture_of_a_run_on_images(tmp_path):
     train(RunConfig.create("glyphs", "mirror", ways=2, shots=2, filters=2, **TINY), tmp_path)
     written = plots.draw(tmp_path)
     assert {path.name for path in written} == {
-        "adaptation.png", "training.png", "map.png", "episodes.png",
+        "adaptation.png",
+        "training.png",
+        "map.png",
+        "episodes.png",
     }
     # Frames of right and wrong queries: every one has one of the two colours.
     found = {tuple(pixel) for pixel in pixels(tmp_path / "episodes.png").reshape(-1, 3)}
@@ -65,9 +77,10 @@ def test_a_run_that_diverged_is_drawn_too(tmp_path, task, options):
 def test_a_picture_is_of_the_saved_rows(tmp_path):
     train(RunConfig.create("sinusoid", "maml", **TINY), tmp_path)
     first = {path.name: pixels(path) for path in plots.draw(tmp_path)}
-    results.merge(tmp_path / "results.json", [
-        found | {"mean": found["mean"] / 2} for found in results.read(tmp_path / "results.json")
-    ])
+    results.merge(
+        tmp_path / "results.json",
+        [found | {"mean": found["mean"] / 2} for found in results.read(tmp_path / "results.json")],
+    )
     second = {path.name: pixels(path) for path in plots.draw(tmp_path)}
     same = {name for name in first if np.array_equal(first[name], second[name])}
     assert same == {"training.png", "fits.png"}
@@ -76,8 +89,7 @@ def test_a_picture_is_of_the_saved_rows(tmp_path):
 def test_the_learned_map_is_drawn_against_the_identity(tmp_path):
     x = torch.linspace(-4, 4, 9)
     figure = plots.learned_map(
-        [maps.Profile(i, c, x, (1 + i) * x + c)
-         for i in range(14) for c in range(2)],
+        [maps.Profile(i, c, x, (1 + i) * x + c) for i in range(14) for c in range(2)],
         tuple(f"layer{i}" for i in range(14)),
     )
     titles = [axes.get_title(loc="center") or axes.get_title(loc="left") for axes in figure.axes]
@@ -92,13 +104,15 @@ def test_the_learned_map_is_drawn_against_the_identity(tmp_path):
 
 
 def test_adaptation_marks_what_diverged_and_tells_guards_apart():
-    figure = plots.adaptation([
-        row(adapt_steps=0, mean=2.0),
-        row(adapt_steps=1, mean=1.0),
-        row(adapt_steps=100, mean=None, ci95=None),
-        row(adapt_steps=0, mean=2.0, guard="off"),
-        row(adapt_steps=1, mean=0.5, guard="off"),
-    ])
+    figure = plots.adaptation(
+        [
+            row(adapt_steps=0, mean=2.0),
+            row(adapt_steps=1, mean=1.0),
+            row(adapt_steps=100, mean=None, ci95=None),
+            row(adapt_steps=0, mean=2.0, guard="off"),
+            row(adapt_steps=1, mean=0.5, guard="off"),
+        ]
+    )
     (axes,) = figure.axes
     curves = [line for line in axes.lines if not line.get_label().startswith("_")]
     assert [line.get_label() for line in curves] == ["maml, guard auto", "maml, guard off"]

@@ -90,12 +90,14 @@ def test_rows_are_the_metric_on_test_tasks(whole):
     learner.load_state_dict(checkpoint.load(whole / "checkpoint.pt")["learner"])
     batch = task.sample("test", 0, 4)
     for row in results.read(whole / "results.json"):
-        errors = torch.stack([
-            task.metric_fn(
-                learner.adapt(task.loss_fn, sx, sy, steps=row["adapt_steps"])(qx), qy
-            ).detach()
-            for sx, sy, qx, qy in zip(*batch, strict=True)
-        ]).double()
+        errors = torch.stack(
+            [
+                task.metric_fn(
+                    learner.adapt(task.loss_fn, sx, sy, steps=row["adapt_steps"])(qx), qy
+                ).detach()
+                for sx, sy, qx, qy in zip(*batch, strict=True)
+            ]
+        ).double()
         assert row["mean"] == pytest.approx(errors.mean().item(), rel=1e-5)
         assert row["ci95"] == pytest.approx(1.96 * errors.std().item() / 2, rel=1e-4)
 
@@ -115,8 +117,17 @@ def test_more_training_is_better(tmp_path):
     losses = []
     for iterations in (1, 60):
         rows = train(
-            tiny("maml", iterations=iterations, train_steps=3, adapt_steps="3", test_tasks=50,
-                 shots=10, queries=10, lr=0.05, init_lr=1e-2),
+            tiny(
+                "maml",
+                iterations=iterations,
+                train_steps=3,
+                adapt_steps="3",
+                test_tasks=50,
+                shots=10,
+                queries=10,
+                lr=0.05,
+                init_lr=1e-2,
+            ),
             tmp_path / str(iterations),
         )
         losses.append(rows[0]["mean"])
@@ -178,7 +189,8 @@ def test_killed_and_resumed_is_the_same(tmp_path):
     out = tmp_path / "killed"
     process = subprocess.Popen(
         [sys.executable, "-m", "mirror_opt.cli", "train", *arguments, "--out", str(out)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         while not (out / "checkpoint.pt").exists() and process.poll() is None:
@@ -251,7 +263,7 @@ def test_non_finite_meta_gradients_are_skipped_and_counted(tmp_path, monkeypatch
         loss = original(self, *arguments, steps=steps)
         spoiled.calls += 1
         if spoiled.calls == 2:
-            raise meta.NonFiniteLoss(0, 1)
+            raise meta.NonFiniteLossError(0, 1)
         return loss * float("nan") if spoiled.calls == 4 else loss
 
     spoiled.calls = 0
@@ -280,9 +292,22 @@ def test_a_full_disk(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # the checkpoint is larger
 
     done = subprocess.run(
-        [sys.executable, "-m", "mirror_opt.cli", "train", "--task", "sinusoid", *ARGUMENTS,
-         "--out", str(out)],
-        preexec_fn=limit, capture_output=True, text=True, timeout=120, check=False,
+        [
+            sys.executable,
+            "-m",
+            "mirror_opt.cli",
+            "train",
+            "--task",
+            "sinusoid",
+            *ARGUMENTS,
+            "--out",
+            str(out),
+        ],
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()

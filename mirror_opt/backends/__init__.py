@@ -82,7 +82,7 @@ def status() -> list[BackendStatus]:
 
 
 def choose(operator: str, x: Tensor, units: int, sigma: str) -> ModuleType:
-    """The backend for an operator on operands like x.
+    """The backend for an operator, by its name without ``separable_``, on operands like x.
 
     Raises:
         InputError: the backend that was chosen by name does not serve them.
@@ -92,7 +92,7 @@ def choose(operator: str, x: Tensor, units: int, sigma: str) -> ModuleType:
         reason = _refusal(name, operator, x, units, sigma)
         if reason:
             raise InputError(
-                f"backend {name!r} does not serve {operator}: {reason}; choose another with "
+                f"backend {name!r} does not serve separable_{operator}: {reason}; choose another with "
                 "mirror_opt.use_backend, such as 'auto'"
             )
         return BACKENDS[name]
@@ -106,7 +106,7 @@ def choose(operator: str, x: Tensor, units: int, sigma: str) -> ModuleType:
 
 def _refusal(name: str, operator: str, x: Tensor, units: int, sigma: str) -> str | None:
     module = BACKENDS[name]
-    if not hasattr(module, operator.removeprefix("separable_")):
+    if not hasattr(module, operator):
         return "it has no such operator"
     return module.unavailable() or module.refusal(x, units, sigma)
 

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from mirror_opt.backends.layout import Rows
 
-__all__ = ["DEVICES", "backward", "describe", "forward", "inverse", "refusal", "step", "unavailable"]
+__all__ = [
+    "DEVICES",
+    "backward",
+    "describe",
+    "forward",
+    "inverse",
+    "refusal",
+    "step",
+    "unavailable",
+]
 
 DEVICES = ("cuda",)
 

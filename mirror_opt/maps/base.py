@@ -38,16 +38,16 @@ def dot(xs: Tensors, ys: Tensors) -> Tensor:
 class MirrorMap(nn.Module):
     r"""The gradient of a distance-generating function (DGF) h over a sequence of tensors.
 
-    ``forward`` is the mirror map grad h, ``inverse`` its inverse grad h*, the gradient of the convex
-    conjugate. One mirror step is ``inverse(forward(x) - lr * gradient)`` (Nemirovski and Yudin
+    ``forward`` is the mirror map grad h, ``inverse`` its inverse grad h*, the gradient of the
+    convex conjugate. One mirror step is ``inverse(forward(x) - lr * gradient)`` (Nemirovski and Yudin
     1983; Beck and Teboulle 2003).
 
     All methods take a sequence of tensors, one for each parameter; entries that are None (no
     gradient) pass through as None. ``coefficients()`` holds what depends on the map's own
     parameters alone: compute it once and hand it to many calls.
 
-    Subclasses implement, for one tensor and its coefficients, ``_gradient``, ``_gradient_conjugate``
-    and ``_potential`` or ``_conjugate``.
+    Subclasses implement, for one tensor and its coefficients, ``_gradient``,
+    ``_gradient_conjugate`` and ``_potential`` or ``_conjugate``.
 
     Attributes:
         name: the name in the registry.
@@ -150,7 +150,8 @@ class MirrorMap(nn.Module):
 
     def check(self, params: Sequence[Tensor]) -> None:
         """Raises InputError unless the map serves these parameters (number, shapes, domain)."""
-        # Zero is let in: steps reach it by underflow, and a resumed run must be able to start there.
+        # Zero is let in: steps reach it by underflow, and a resumed run must be able to start
+        # there.
         outside = {
             "reals": lambda p: False,
             "positive": lambda p: not bool((p >= 0).all()),

@@ -90,8 +90,9 @@ class _Term(NamedTuple):
 
 
 class _KroneckerTensor(nn.Module):
-    def __init__(self, like: Tensor, terms: int, eps: float, units: int, rho: float, sigma: str,
-                 seed: int):
+    def __init__(
+        self, like: Tensor, terms: int, eps: float, units: int, rho: float, sigma: str, seed: int
+    ):
         super().__init__()
         modes = mode_sizes(like.shape)
         # Without modes to rotate all terms would be the same function.
@@ -118,9 +119,9 @@ class KroneckerNeural(NeuralMap):
 
     Each weight is seen as a tensor with modes (out, in) or (out, in, k*k), and
     M_r = M_out (x) M_in (x) M_k acts by mode products; vectors use M = I. S_r = e^a psi_r / R acts
-    elementwise (``NeuralUnits``). The Jacobian
-    eps I + (1 - eps) sum_r M_r^T diag(S_r') M_r is symmetric positive definite, so F is the gradient
-    of a strongly convex function for every value of the parameters, and the identity at the start.
+    elementwise (``NeuralUnits``). The Jacobian eps I + (1 - eps) sum_r M_r^T diag(S_r') M_r is
+    symmetric positive definite, so F is the gradient of a strongly convex function for every value
+    of the parameters, and the identity at the start.
     It holds the Kronecker-factored positive definite preconditioners (psi linear), sums of them,
     the diagonal and SeparableNeural.
 
@@ -200,9 +201,7 @@ class KroneckerNeural(NeuralMap):
                 tensor.units.calibrate(samples)
 
     def profiles(self) -> list[Profile]:
-        return [
-            p for i, tensor in enumerate(self.tensors) for p in tensor.units.profile(i)
-        ]
+        return [p for i, tensor in enumerate(self.tensors) for p in tensor.units.profile(i)]
 
     @staticmethod
     def _rotate(u: Tensor, term: _Term) -> Tensor:

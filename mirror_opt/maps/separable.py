@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from mirror_opt.errors import InputError
 from mirror_opt.maps.base import OwningMap, Profile, Tensors, register
 from mirror_opt.ops import separable_forward, separable_inverse
-from mirror_opt.reference import psi
-from mirror_opt.reference import SIGMAS, Units, psi_integral, psi_slope_bounds
+from mirror_opt.reference import SIGMAS, Units, psi, psi_integral, psi_slope_bounds
 
 __all__ = ["NeuralMap", "NeuralUnits", "Separable", "SeparableNeural", "learned_dtype"]
 
@@ -98,7 +97,7 @@ class NeuralUnits(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, samples: Sequence[Tensor]) -> None:
-        """Sets ``unit`` to the rms of the samples, each shaped as the tensor, channel by channel."""
+        """Sets ``unit`` to the rms of the samples, shaped as the tensor, channel by channel."""
         square = torch.stack([u.square() for u in samples]).mean(0)
         overall = square.mean().sqrt()
         if not (torch.isfinite(overall) and overall > 0):
@@ -263,9 +262,7 @@ class SeparableNeural(NeuralMap):
                 tensor.calibrate(samples)
 
     def profiles(self) -> list[Profile]:
-        return [
-            p for i, tensor in enumerate(self.tensors) for p in tensor.profile(i)
-        ]
+        return [p for i, tensor in enumerate(self.tensors) for p in tensor.profile(i)]
 
     def _closed(self, u: Tensor, coefficient: Separable) -> Tensor:
         return coefficient.value(u)

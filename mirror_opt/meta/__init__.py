@@ -1,6 +1,7 @@
 """Meta-learning: adapt by mirror descent, and learn the init, the map and the rates."""
 
-from mirror_opt.meta.learner import Adapted, AdaptedBatch, Evaluation, MetaLearner, NonFiniteLoss
+from mirror_opt.meta.adapted import Adapted, AdaptedBatch, Evaluation, NonFiniteLossError
+from mirror_opt.meta.learner import MetaLearner
 from mirror_opt.meta.methods import METHODS, MethodDefaults, build, defaults
 
 __all__ = [
@@ -10,7 +11,7 @@ __all__ = [
     "Evaluation",
     "MetaLearner",
     "MethodDefaults",
-    "NonFiniteLoss",
+    "NonFiniteLossError",
     "build",
     "defaults",
 ]

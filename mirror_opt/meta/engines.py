@@ -4,9 +4,9 @@ r"""How a batch of tasks is run: one after the other, or all at once.
 convolutions, which ``vmap`` turns into slow grouped ones. ``vmap`` runs them as one batched
 computation: the best choice for small networks and on a GPU.
 
-With ``vmap`` the meta-gradient must be taken INSIDE it: the gradient OVER ``vmap`` of a network with
-``batch_norm(training=True)`` is silently wrong at second order (PyTorch, at least to 2.13). So the
-vmap engine computes each task's meta-gradient on the spot and hands it out when ``backward`` is
+With ``vmap`` the meta-gradient must be taken INSIDE it: the gradient OVER ``vmap`` of a network
+with ``batch_norm(training=True)`` is silently wrong at second order (PyTorch, at least to 2.13). So
+the vmap engine computes each task's meta-gradient on the spot and hands it out when ``backward`` is
 called (``_Precomputed``).
 """
 
@@ -128,16 +128,12 @@ def mean_loss(
         for i, value in zip(wanted, values, strict=True):
             full[i] = value
         init, frozen, coefficients, rates = pytree.tree_unflatten(full, spec)
-        at = replace(
-            inner, init=init, frozen=frozen, coefficients=coefficients, rates=rates
-        )
+        at = replace(inner, init=init, frozen=frozen, coefficients=coefficients, rates=rates)
         query, support = function(at, *task)
         return query, (query.detach(), support.detach())
 
     gradient = torch.func.grad(task_loss, has_aux=True)
-    batched = torch.func.vmap(
-        gradient, in_dims=(None, *[0] * len(tasks)), randomness="different"
-    )
+    batched = torch.func.vmap(gradient, in_dims=(None, *[0] * len(tasks)), randomness="different")
     with torch.no_grad():
         values = tuple(leaves[i].detach() for i in wanted)
         gradients, (query, support) = batched(values, *tasks)

@@ -1,7 +1,6 @@
 """MetaLearner: learns where to start, in which geometry to move, and how fast."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from mirror_opt.errors import InputError
 from mirror_opt.maps.base import MirrorMap
 from mirror_opt.maps.classical import Euclidean
+from mirror_opt.meta.adapted import Adapted, AdaptedBatch, Evaluation, raise_nonfinite
 from mirror_opt.meta.engines import (
     choose_engine,
     has_batch_statistics,
@@ -21,82 +21,7 @@ from mirror_opt.meta.engines import (
 from mirror_opt.meta.inner import InnerLoop, LossFn
 from mirror_opt.meta.stability import guarded_run
 
-__all__ = ["Adapted", "AdaptedBatch", "Evaluation", "MetaLearner", "NonFiniteLoss"]
-
-
-class NonFiniteLoss(ArithmeticError):
-    """A loss of the inner loop was NaN or Inf.
-
-    Attributes:
-        task: the index of the task in the batch.
-        step: the inner step before which the support loss was non-finite, from 0; ``"query"`` for
-            the query loss after the last step.
-    """
-
-    def __init__(self, task: int, step: int | str):
-        where = "the query loss" if step == "query" else f"the support loss before step {step}"
-        super().__init__(
-            f"{where} of task {task} is not finite: lower the inner learning rate, train with "
-            "fewer steps, adapt with guard=True, or pass nonfinite='skip'"
-        )
-        self.task, self.step = task, step
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """A model adapted to one task. Call it on inputs to predict.
-
-    Attributes:
-        params: the adapted parameters by name, differentiable back to the meta-parameters.
-        losses: ``(steps,)`` support loss before each step.
-        accepted: ``(steps,)`` whether each step was taken, with a guard; None without.
-    """
-
-    inner: InnerLoop
-    params: dict[str, Tensor]
-    losses: Tensor
-    accepted: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The prediction for ``x`` of shape ``(n, *)``."""
-        return self.inner.predict(tuple(self.params.values()), x)
-
-
-@dataclass(frozen=True)
-class AdaptedBatch:
-    """A model adapted to T tasks; all tensors of ``Adapted`` with a leading dimension T."""
-
-    inner: InnerLoop
-    engine: str
-    params: dict[str, Tensor]
-    losses: Tensor
-    accepted: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The predictions ``(T, n, *)`` for ``x`` of shape ``(T, n, *)``."""
-
-        def predict(inner: InnerLoop, x: Tensor, *params: Tensor) -> Tensor:
-            return inner.predict(params, x)
-
-        return map_tasks(self.engine, predict, self.inner, (x, *self.params.values()))
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Adaptation followed step by step, on T tasks.
-
-    Attributes:
-        metrics: ``{adaptation steps: (T,) metric on the query sets}``.
-        losses: ``(T, steps)`` support loss before each step.
-        slopes: ``(T, steps)`` first-order change <g, phi_new - phi> of the support loss; positive
-            where the step went uphill.
-        accepted: ``(T, steps)`` whether each step was taken, with a guard; None without.
-    """
-
-    metrics: dict[int, Tensor]
-    losses: Tensor
-    slopes: Tensor
-    accepted: Tensor | None
+__all__ = ["MetaLearner"]
 
 
 class MetaLearner(nn.Module):
@@ -248,7 +173,7 @@ class MetaLearner(nn.Module):
             guard: overrides the learner's.
 
         Raises:
-            NonFiniteLoss: a support loss was not finite (``nonfinite="raise"``).
+            NonFiniteLossError: a support loss was not finite (``nonfinite="raise"``).
         """
         steps = self._check_steps(steps)
         inner = self.inner_loop()
@@ -256,7 +181,7 @@ class MetaLearner(nn.Module):
             self._runner(guard, steps), inner, loss_fn, x, y, steps
         )
         if self.nonfinite == "raise":
-            _raise_nonfinite(losses.detach().unsqueeze(0))
+            raise_nonfinite(losses.detach().unsqueeze(0))
         named = dict(zip(self.names, params, strict=True))
         return Adapted(inner, named, losses.detach(), accepted if steps and len(accepted) else None)
 
@@ -289,7 +214,7 @@ class MetaLearner(nn.Module):
 
         params, losses, accepted = map_tasks(engine, task, inner, (x, y))
         if self.nonfinite == "raise":
-            _raise_nonfinite(losses.detach())
+            raise_nonfinite(losses.detach())
         named = dict(zip(self.names, params, strict=True))
         accepted = accepted if isinstance(accepted, Tensor) else None
         return AdaptedBatch(inner, engine, named, losses.detach(), accepted)
@@ -316,7 +241,7 @@ class MetaLearner(nn.Module):
             steps: inner steps; the trained horizon when None.
 
         Raises:
-            NonFiniteLoss: a loss was not finite (``nonfinite="raise"``), or all were.
+            NonFiniteLossError: a loss was not finite (``nonfinite="raise"``), or all were.
         """
         steps = self._check_steps(steps)
         engine = choose_engine(self.engine, self.model, self.mirror_map)
@@ -329,7 +254,7 @@ class MetaLearner(nn.Module):
         skip = self.nonfinite == "skip"
         loss, query, support = mean_loss(engine, task, self.inner_loop(), tasks, skip)
         if not skip or not bool(torch.isfinite(loss)):
-            _raise_nonfinite(support, query)
+            raise_nonfinite(support, query)
         return loss
 
     @torch.no_grad()
@@ -405,7 +330,7 @@ class MetaLearner(nn.Module):
     def param_groups(
         self, *, init_lr: float, map_lr: float, rate_lr: float = 1e-2
     ) -> list[dict[str, Any]]:
-        """Groups for a torch optimizer: ``init``, and where they have parameters ``map``, ``rate``."""
+        """Groups for a torch optimizer: ``init``, and ``map`` and ``rate`` where learned."""
         groups = [
             {"name": "init", "params": list(self.model.parameters()), "lr": init_lr},
             {"name": "map", "params": list(self.mirror_map.parameters()), "lr": map_lr},
@@ -421,12 +346,3 @@ class MetaLearner(nn.Module):
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise InputError(f"Invalid {steps=}: pass an integer of at least 0")
         return steps
-
-
-def _raise_nonfinite(support: Tensor, query: Tensor | None = None) -> None:
-    """Raises NonFiniteLoss for the first non-finite entry of ``(T, K)`` and ``(T,)``."""
-    columns = support if query is None else torch.cat([support, query.unsqueeze(1)], 1)
-    bad = ~torch.isfinite(columns)
-    if bool(bad.any()):
-        task, step = (int(i) for i in bad.nonzero()[0])
-        raise NonFiniteLoss(task, "query" if step == support.shape[1] else step)

@@ -1,6 +1,5 @@
 """Named methods: configurations of one ``MetaLearner``, and the rates each does best with."""
 
-
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,8 +94,6 @@ def build(
     params = list(MetaLearner.adapted_parameters(model, adapt).values())
     mirror_map = maps.create(spec.map_name or map_name, params, **(map_options or {}))
     return MetaLearner(model, mirror_map, adapt=adapt, **{**spec.options, **options})
-
-
 
 
 def defaults(method: str, task: str) -> MethodDefaults:

@@ -59,8 +59,15 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load itself does not compare the checksums
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError,
-            KeyError, NotImplementedError):
+    except (
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        NotImplementedError,
+    ):
         raise InputError(broken) from None
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise InputError(broken)

@@ -19,8 +19,20 @@ from mirror_opt.runs.options import option
 __all__ = ["OVERRIDES", "evaluate", "evaluate_run", "load_run", "method_dirs"]
 
 # What may change between training a learner and evaluating it.
-OVERRIDES = ("adapt_steps", "test_tasks", "guard", "device", "data_dir", "threads",
-             "task", "task_options", "shots", "queries", "filters", "ways")
+OVERRIDES = (
+    "adapt_steps",
+    "test_tasks",
+    "guard",
+    "device",
+    "data_dir",
+    "threads",
+    "task",
+    "task_options",
+    "shots",
+    "queries",
+    "filters",
+    "ways",
+)
 
 # The size of a batch is part of which tasks are drawn: one constant, whatever the meta-batch.
 _BATCH = 25
@@ -41,8 +53,13 @@ def evaluate(
         For each number of adaptation steps a float tensor ``(test_tasks,)`` on the CPU.
     """
     parts: dict[int, list[torch.Tensor]] = {step: [] for step in config.adapt_steps}
-    with tqdm(total=config.test_tasks, desc=f"{config.label}: {split}", unit="task",
-              disable=None, leave=False) as bar:
+    with tqdm(
+        total=config.test_tasks,
+        desc=f"{config.label}: {split}",
+        unit="task",
+        disable=None,
+        leave=False,
+    ) as bar:
         for index, start in enumerate(range(0, config.test_tasks, _BATCH)):
             count = min(_BATCH, config.test_tasks - start)
             batch = task.sample(split, index, count).to(config.device)
@@ -113,8 +130,6 @@ def evaluate_run(out: str | os.PathLike, given: dict[str, Any]) -> list[dict[str
     for directory in method_dirs(out):
         config, task, learner, state = load_run(directory, given)
         trace = evaluate(learner, task, config)
-        new += results.rows(
-            config, task.metric, trace, state["iteration"], state["seconds"]
-        )
+        new += results.rows(config, task.metric, trace, state["iteration"], state["seconds"])
     results.merge(Path(out) / RESULTS, new)
     return new

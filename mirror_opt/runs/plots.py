@@ -19,7 +19,7 @@ from torch import Tensor
 from mirror_opt import fewshot
 from mirror_opt.fewshot import Episodes, TaskFamily
 from mirror_opt.maps import Profile
-from mirror_opt.meta import MetaLearner, NonFiniteLoss
+from mirror_opt.meta import MetaLearner, NonFiniteLossError
 from mirror_opt.runs import results
 from mirror_opt.runs.config import RunConfig
 from mirror_opt.runs.directory import HISTORY, RESULTS, read_json, write_bytes
@@ -78,8 +78,10 @@ def draw(out: str | os.PathLike, *, data_dir: str | os.PathLike | None = None) -
             written += draw(directory, data_dir=data_dir)
     given = {} if data_dir is None else {"data_dir": data_dir}
     trained: list[Trained] = [load_run(directory, given)[:3] for directory in directories]
-    losses = [(config, read_json(directory / HISTORY, dict)["loss"])
-              for (config, _, _), directory in zip(trained, directories, strict=True)]
+    losses = [
+        (config, read_json(directory / HISTORY, dict)["loss"])
+        for (config, _, _), directory in zip(trained, directories, strict=True)
+    ]
     with _styled():
         figures = {
             "adaptation.png": adaptation(results.read(out / RESULTS)),
@@ -126,11 +128,24 @@ def adaptation(rows: list[dict[str, Any]]) -> Figure:
         # On a log axis a band must not reach zero.
         low = mean - ci95 if percent else np.maximum(mean - ci95, 0.2 * mean)
         axes.fill_between(steps, low, mean + ci95, color=colour, alpha=0.2, linewidth=0)
-        axes.plot(steps, mean, "--" if guard == "off" else "-", color=colour, label=label,
-                  marker="o", markersize=4)
+        axes.plot(
+            steps,
+            mean,
+            "--" if guard == "off" else "-",
+            color=colour,
+            label=label,
+            marker="o",
+            markersize=4,
+        )
         lost = [row["adapt_steps"] for row in line if row["mean"] is None]
-        axes.plot(lost, [0.98] * len(lost), "x", color=colour, clip_on=False,
-                  transform=axes.get_xaxis_transform())
+        axes.plot(
+            lost,
+            [0.98] * len(lost),
+            "x",
+            color=colour,
+            clip_on=False,
+            transform=axes.get_xaxis_transform(),
+        )
     steps = sorted({row["adapt_steps"] for row in rows})
     if steps[-1] > 20:
         axes.set_xscale("symlog", linthresh=10)
@@ -155,8 +170,9 @@ def training(runs: list[tuple[RunConfig, list[float | None]]]) -> Figure:
         window = max(1, len(values) // 50)
         blocks = [values[i : i + window] for i in range(0, len(values), window)]
         middle = [min(i * window + window / 2, len(values)) for i in range(len(blocks))]
-        means = [float(np.mean(b[np.isfinite(b)])) if np.isfinite(b).any() else math.nan
-                 for b in blocks]
+        means = [
+            float(np.mean(b[np.isfinite(b)])) if np.isfinite(b).any() else math.nan for b in blocks
+        ]
         axes.plot(middle, means, color=_COLOURS.get(config.method), label=config.label)
     _log(axes)
     axes.set_xlabel("meta-iteration")
@@ -179,8 +195,10 @@ def learned_map(profiles: list[Profile], names: tuple[str, ...]) -> Figure:
     curves: dict[int, list[Profile]] = {}
     for profile in profiles:
         curves.setdefault(profile.tensor, []).append(profile)
-    moved = {tensor: max(float((c.y - c.x).abs().max()) for c in found)
-             for tensor, found in curves.items()}
+    moved = {
+        tensor: max(float((c.y - c.x).abs().max()) for c in found)
+        for tensor, found in curves.items()
+    }
     tensors = sorted(sorted(curves, key=moved.__getitem__, reverse=True)[:4])
     figure = Figure(figsize=(2.5 * len(tensors) + 0.6, 4.6))
     grid = figure.subplots(2, len(tensors), sharex=True, sharey="row", squeeze=False)
@@ -196,8 +214,12 @@ def learned_map(profiles: list[Profile], names: tuple[str, ...]) -> Figure:
     grid[0, 0].set_ylabel(r"$\psi(u)$")
     grid[1, 0].set_ylabel(r"$\psi(u) - u$")
     figure.supxlabel("$u$, in units of the calibrated displacement", fontsize=10)
-    figure.suptitle(r"The learned $\psi$, up to four channels a tensor, and the identity (dashed)",
-                    fontsize=11, x=0.01, ha="left")
+    figure.suptitle(
+        r"The learned $\psi$, up to four channels a tensor, and the identity (dashed)",
+        fontsize=11,
+        x=0.01,
+        ha="left",
+    )
     return figure
 
 
@@ -217,13 +239,28 @@ def fits(trained: list[Trained]) -> Figure:
         curves = {step: _predict(one, batch, x, step) for step in steps}
         for i, axes in enumerate(row):
             order = batch.query_x[i, :, 0].argsort()
-            axes.plot(batch.query_x[i, order, 0], batch.query_y[i, order, 0], color="#333333",
-                      linewidth=1, label="target")
+            axes.plot(
+                batch.query_x[i, order, 0],
+                batch.query_y[i, order, 0],
+                color="#333333",
+                linewidth=1,
+                label="target",
+            )
             for step, curve in curves.items():
-                axes.plot(x[i, :, 0], curve[i, :, 0], color=shades[step],
-                          label=f"after {counted(step, 'step')}" if step else "before")
-            axes.plot(batch.support_x[i, :, 0], batch.support_y[i, :, 0], "o", color="#333333",
-                      markersize=4, label="support")
+                axes.plot(
+                    x[i, :, 0],
+                    curve[i, :, 0],
+                    color=shades[step],
+                    label=f"after {counted(step, 'step')}" if step else "before",
+                )
+            axes.plot(
+                batch.support_x[i, :, 0],
+                batch.support_y[i, :, 0],
+                "o",
+                color="#333333",
+                markersize=4,
+                label="support",
+            )
         row[0].set_ylabel(one[0].label)
     for i, axes in enumerate(grid[0]):
         axes.set_title(f"new task {i + 1}")
@@ -282,7 +319,7 @@ def _predict(trained: Trained, batch: Episodes, x: Tensor, steps: int) -> Tensor
                 task.loss_fn, batch.support_x, batch.support_y, steps=steps
             )
             return adapted(x.to(config.device)).cpu()
-    except NonFiniteLoss:
+    except NonFiniteLossError:
         return torch.full((*x.shape[:2], task.output_size), math.nan)
 
 

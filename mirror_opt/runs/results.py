@@ -18,14 +18,43 @@ from mirror_opt.runs.options import counted
 __all__ = ["ROW", "label", "merge", "read", "rows", "setting", "table", "versions"]
 
 ROW = (
-    "method", "task", "ways", "shots", "train_steps", "adapt_steps", "metric", "mean", "ci95",
-    "test_tasks", "iterations", "seconds", "seed", "map", "guard",
-    "mirror_opt", "torch", "python", "device", "date",
+    "method",
+    "task",
+    "ways",
+    "shots",
+    "train_steps",
+    "adapt_steps",
+    "metric",
+    "mean",
+    "ci95",
+    "test_tasks",
+    "iterations",
+    "seconds",
+    "seed",
+    "map",
+    "guard",
+    "mirror_opt",
+    "torch",
+    "python",
+    "device",
+    "date",
 )
 # What is measured, as against its outcome and its circumstances: a row measured again replaces
 # the one with the same key.
-_KEY = ("method", "map", "task", "ways", "shots", "train_steps", "adapt_steps", "metric",
-        "test_tasks", "iterations", "seed", "guard")
+_KEY = (
+    "method",
+    "map",
+    "task",
+    "ways",
+    "shots",
+    "train_steps",
+    "adapt_steps",
+    "metric",
+    "test_tasks",
+    "iterations",
+    "seed",
+    "guard",
+)
 
 
 def versions(device: str) -> dict[str, str]:
@@ -143,12 +172,12 @@ def table(found: list[dict[str, Any]]) -> str:
     width = max(len(name) for name in (*lines, "adaptation steps"))
     cell = max(len(text) for line in lines.values() for text in line.values())
     head = "  ".join([f"{'adaptation steps':{width}}", *(f"{step:>{cell}}" for step in steps)])
-    body = ["  ".join([f"{name:{width}}", *(f"{line.get(step, ''):>{cell}}" for step in steps)])
-            for name, line in lines.items()]
+    body = [
+        "  ".join([f"{name:{width}}", *(f"{line.get(step, ''):>{cell}}" for step in steps)])
+        for name, line in lines.items()
+    ]
     metric = "query accuracy in %" if percent else "query MSE"
-    title = (
-        f"{setting(first)}: {metric}, mean ± 95% interval over {first['test_tasks']} tasks"
-    )
+    title = f"{setting(first)}: {metric}, mean ± 95% interval over {first['test_tasks']} tasks"
     return "\n".join([title, head, *body])
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from mirror_opt.errors import InputError
 from mirror_opt.fewshot import TaskFamily
-from mirror_opt.meta import MetaLearner, NonFiniteLoss
+from mirror_opt.meta import MetaLearner, NonFiniteLossError
 from mirror_opt.runs import checkpoint, results
 from mirror_opt.runs.config import RunConfig, build
 from mirror_opt.runs.directory import (
@@ -99,7 +99,7 @@ class _Training:
                 *batch,
                 steps=horizon(config.seed, iteration, config.horizon),
             )
-        except NonFiniteLoss:
+        except NonFiniteLossError:
             return math.nan
         loss.backward()
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -110,14 +110,17 @@ class _Training:
         return float(loss.detach())
 
     def save(self, path: Path) -> None:
-        checkpoint.save(path, {
-            "config": self.config.to_dict(),
-            "iteration": len(self.losses),
-            "learner": self.learner.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
-            "seconds": self.seconds,
-        })
+        checkpoint.save(
+            path,
+            {
+                "config": self.config.to_dict(),
+                "iteration": len(self.losses),
+                "learner": self.learner.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "losses": torch.tensor(self.losses, dtype=torch.float64),
+                "seconds": self.seconds,
+            },
+        )
 
     def restore(self, path: Path) -> None:
         state = checkpoint.load(path)
@@ -205,8 +208,12 @@ def train(
         learner.calibrate(task.loss_fn, first.support_x, first.support_y)
     _loop(training, out / CHECKPOINT, save_every)
     if training.skipped:
-        _log.warning("%s: %d of %d iterations skipped, their meta-gradients were not finite",
-                     config.label, training.skipped, config.iterations)
+        _log.warning(
+            "%s: %d of %d iterations skipped, their meta-gradients were not finite",
+            config.label,
+            training.skipped,
+            config.iterations,
+        )
     losses = [None if math.isnan(loss) else loss for loss in training.losses]
     write_json(out / HISTORY, {"loss": losses, "skipped": training.skipped})
     if (out / RESULTS).exists():
@@ -223,8 +230,13 @@ def _loop(training: _Training, path: Path, save_every: float) -> None:
     smooth = None
     with (
         _interrupts() as interrupted,
-        tqdm(total=config.iterations, initial=len(training.losses), desc=config.label,
-             unit="it", disable=None) as bar,
+        tqdm(
+            total=config.iterations,
+            initial=len(training.losses),
+            desc=config.label,
+            unit="it",
+            disable=None,
+        ) as bar,
     ):
         tick = saved = time.monotonic()
         while len(training.losses) < config.iterations:
