@@ -26,8 +26,8 @@ _FLAGS = {
     "register_cpu.cpp": [],
 }
 _COMMON = [
-    "-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno",
-    "-fno-trapping-math", "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast",
+    "-fno-math-errno", "-fno-trapping-math", "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]  # fmt: skip
 
 

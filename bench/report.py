@@ -96,12 +96,13 @@ def study_table(study: str) -> str:
         rates = f"{mine[0]['init_lr']:g}" + (f", {mine[0]['map_lr']:g}" * (variant != "maml"))
         body.append([variant, rates, *cells, str(seeds)])
     first = rows[0]
-    what = "query accuracy in %" if percent else "query MSE"
+    what = "Query accuracy in %" if percent else "Query MSE"
     ways = f"{first['ways']}-way " if first["ways"] else ""
     title = (
-        f"{first['task']}, {ways}{first['shots']}-shot, trained at {first['train_steps']} inner "
-        f"step(s) for {first['iterations']} meta-iterations: {what} on {first['test_tasks']} new "
-        "tasks after each number of adaptation steps, mean ± standard deviation over seeds."
+        f"{first['task']}, {ways}{first['shots']}-shot, inner steps in training: "
+        f"{first['train_steps']}, meta-iterations: {first['iterations']}. {what} on "
+        f"{first['test_tasks']} new tasks after each number of adaptation steps, mean ± standard "
+        "deviation over seeds."
     )
     head = ["method", "rates (init, map)", *[str(s) for s in steps], "seeds"]
     return f"{title}\n\n{table(head, body)}\n\n{circumstances(rows)}"
@@ -120,7 +121,8 @@ def draw_study(study: str) -> None:
     scale = 100 if percent else 1
     for variant in VARIANTS:
         mine = [r for r in rows if r["variant"] == variant]
-        steps = sorted({r["adapt_steps"] for r in mine})
+        # Before adaptation every classifier guesses: that point would only flatten the rest.
+        steps = sorted({r["adapt_steps"] for r in mine if r["adapt_steps"] or not percent})
         points = [over_seeds([r for r in mine if r["adapt_steps"] == s]) for s in steps]
         kept = [(s, m, d) for s, (m, d, _) in zip(steps, points, strict=True) if m is not None]
         if not kept:
@@ -141,7 +143,8 @@ def draw_study(study: str) -> None:
     axes.set_ylabel("query accuracy in %" if percent else "query MSE")
     if not percent:
         axes.set_yscale("log")
-    axes.set_title(f"{rows[0]['task']}, trained at {rows[0]['train_steps']} step(s)")
+    trained = rows[0]["train_steps"]
+    axes.set_title(f"{rows[0]['task']}, trained at {trained} step{'s' * (trained != 1)}")
     axes.legend(frameon=False)
     save(figure, study)
 

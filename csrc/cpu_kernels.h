@@ -10,37 +10,44 @@ namespace {
 
 MIRROR_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Coefficients that a row of values shares.
-template <class T> struct RowUnits {
-  Unit<T> unit[kMaxUnits];
-  Bounds<T> bounds;
-  int count;
-
-  RowUnits(const Map<T>& map, int64_t column) : count(map.units) {
-    for (int k = 0; k < count; ++k) {
-      const int64_t i = k * map.columns + column;
-      unit[k] = make_unit(map.w[i], map.s[i], map.c[i]);
-    }
-    bounds = make_bounds<T>(*this);
-  }
-  const Unit<T>& operator[](int k) const { return unit[k]; }
-};
-
 // Coefficients of neighbouring columns, one for each lane.
 template <class T> struct ColumnUnits {
   Unit<Vec<T>> unit[kMaxUnits];
   Bounds<Vec<T>> bounds;
+  Vec<T> base;
   int count;
 
-  template <class Count> ColumnUnits(const Map<T>& map, int64_t column, Count lanes)
-      : count(map.units) {
+  template <class Count>
+  ColumnUnits(const Map<T>& map, int64_t column, Count lanes) : base{}, count(map.units) {
     for (int k = 0; k < count; ++k) {
       const int64_t i = k * map.columns + column;
       unit[k] = make_unit(load(map.w + i, lanes), load(map.s + i, lanes), load(map.c + i, lanes));
     }
     bounds = make_bounds<Vec<T>>(*this);
+    base = sigmas(Vec<T>{}, *this);
   }
   const Unit<Vec<T>>& operator[](int k) const { return unit[k]; }
+};
+
+// Coefficients that a row of values shares. What is computed from them is computed in registers, so
+// that it rounds as it does beside the values.
+template <class T> struct RowUnits {
+  Unit<T> unit[kMaxUnits];
+  Bounds<T> bounds;
+  T base;
+  int count;
+
+  RowUnits(const Map<T>& map, int64_t column) : base{}, count(map.units) {
+    for (int k = 0; k < count; ++k) {
+      const int64_t i = k * map.columns + column;
+      const Vec<T> zero{};
+      const Unit<Vec<T>> x = make_unit(map.w[i] + zero, map.s[i] + zero, map.c[i] + zero);
+      unit[k] = {x.w[0], x.s[0], x.c[0], x.b[0], x.ws[0], x.base[0], x.base_slope[0]};
+    }
+    bounds = make_bounds<T>(*this);
+    base = sigmas(Vec<T>{}, *this)[0];
+  }
+  const Unit<T>& operator[](int k) const { return unit[k]; }
 };
 
 // Calls f(units, element, element of gain, lanes) for every register of the elements in [begin, end).

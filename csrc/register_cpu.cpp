@@ -22,19 +22,25 @@ namespace {
 constexpr int64_t kGrain = 4096;      // elements for which a thread is worth waking
 constexpr int64_t kSegment = 16384;   // elements whose gradients are added up in one go
 
-const InstructionSet* best() {
+// The instruction sets of this processor, the best first.
+std::vector<const InstructionSet*> supported() {
+  std::vector<const InstructionSet*> sets;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return &avx512;
+    sets.push_back(&avx512);
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    sets.push_back(&avx2);
+  }
 #endif
-  return &portable;
+  sets.push_back(&portable);
+  return sets;
 }
 
-std::atomic<const InstructionSet*> active{best()};
+std::atomic<const InstructionSet*> active{supported().front()};
 
 template <class T> const Kernels<T>& kernels();
 template <> const Kernels<float>& kernels() { return active.load()->f32; }
@@ -195,9 +201,9 @@ int64_t step_(Tensors params, Tensors grads, Tensors gains, Tensors w, Tensors s
   });
 }
 
-// The instruction set in use; an empty name leaves it as it is, another selects it.
+// The instruction set in use; a name that this processor supports selects it.
 std::string instruction_set(std::string name) {
-  for (const InstructionSet* set : {&portable, &avx2, &avx512}) {
+  for (const InstructionSet* set : supported()) {
     if (name == set->name) active = set;
   }
   return active.load()->name;

@@ -2,9 +2,10 @@
 //
 //   psi(u) = u + sum_k w_k [sigma(s_k (u - c_k)) - sigma(-s_k c_k)],   sigma(t) = t / sqrt(1 + t^2)
 //
-// mirror_opt/reference.py is the definition. A value is a number, or a register of numbers (`V`):
-// where they differ, the file that includes this one has defined rsqrt, reciprocal, abs, select and any. `U` holds the
-// coefficients: numbers where a row of values shares them, else registers.
+// mirror_opt/reference.py is the definition. A value `V` is a number or a register of numbers; where
+// they differ, the file that includes this one has defined rsqrt, reciprocal, abs, select, any, and
+// product, which rounds before anything is added. Coefficients `U` are numbers where a row of values
+// shares them, else registers. No result depends on which other values a register holds.
 #pragma once
 
 #ifndef MIRROR_FN
@@ -14,13 +15,13 @@
 
 namespace {
 
-// One unit of psi, and what it takes away to keep the origin fixed: with b = -s c,
-// sigma(s (u - c)) = sigma(s u + b), base = sigma(b), base_slope = sigma'(b).
+// One unit of psi: with b = -s c, sigma(s (u - c)) = sigma(s u + b). At the origin sigma is base and
+// sigma' is base_slope.
 template <class U> struct Unit {
-  U w, s, c, b, base, base_slope, ws;
+  U w, s, c, b, ws, base, base_slope;
 };
 
-// Bounds that hold for every u.
+// What all units have together.
 template <class U> struct Bounds {
   U span;       // |psi(u) - u| <= span
   U reach;      // no unit's argument exceeds kSaturated while |u| <= reach
@@ -50,7 +51,7 @@ template <class V> MIRROR_FN V clamp(V x, V lower, V upper) {
 template <class U> MIRROR_FN Unit<U> make_unit(U w, U s, U c) {
   const U b = -s * c, limit = kSaturated + U{};
   const U t = clamp(b, -limit, limit), r = rsqrt(1 + t * t);
-  return {w, s, c, b, t * r, r * (r * r), w * s};
+  return {w, s, c, b, w * s, product(t, r), product(r, r * r)};
 }
 
 template <class U, class Units> MIRROR_FN Bounds<U> make_bounds(const Units& units) {
@@ -60,16 +61,39 @@ template <class U, class Units> MIRROR_FN Bounds<U> make_bounds(const Units& uni
     span += 2 * abs(unit.w);
     steepest = larger(steepest, unit.s);
     farthest = larger(farthest, abs(unit.c));
-    curvature += abs(unit.w) * (unit.s * unit.s);
+    curvature += abs(unit.ws) * unit.s;
   }
   // max |sigma''| = 48 / 5^(5/2)
   return {span, kSaturated / steepest - farthest, curvature * 0.8587f};
 }
 
-template <bool clamped, class V, class U> MIRROR_FN V argument(V u, const Unit<U>& unit) {
-  if constexpr (!clamped) return unit.s * u + unit.b;
+template <bool far, class V, class U, class Reach>
+MIRROR_FN V argument(V u, const Unit<U>& unit, Reach reach) {
+  const V t = unit.s * u + unit.b;
+  if constexpr (!far) return t;
   const V limit = kSaturated + V{};
-  return clamp<V>(unit.s * (u - unit.c), -limit, limit);
+  return select(abs(u) > reach, clamp<V>(unit.s * (u - unit.c), -limit, limit), t);
+}
+
+// sum_k w_k sigma(s_k (u - c_k)).
+template <bool far, class V, class Units> MIRROR_FN V sigmas(V u, const Units& units) {
+  V sum{};
+  for (int k = 0; k < units.count; ++k) {
+    const auto unit = units[k];
+    const V t = argument<far>(u, unit, units.bounds.reach);
+    sum += unit.w * (t * rsqrt(1 + t * t));
+  }
+  return sum;
+}
+
+// Clamping costs two operations a unit and is hardly ever needed: ask once for all units.
+template <class V, class Units> MIRROR_FN V sigmas(V u, const Units& units) {
+  return any(abs(u) > units.bounds.reach) ? sigmas<true>(u, units) : sigmas<false>(u, units);
+}
+
+// units.base is sigmas(0), which makes psi(0) = 0 exactly.
+template <class V, class Units> MIRROR_FN V psi(V u, const Units& units) {
+  return u + (sigmas(u, units) - units.base);
 }
 
 // psi and psi' at one point.
@@ -77,37 +101,20 @@ template <class V> struct Point {
   V value, slope;
 };
 
-template <bool clamped, class V, class Units> MIRROR_FN V psi(V u, const Units& units) {
-  V sum{};
-  for (int k = 0; k < units.count; ++k) {
-    const auto unit = units[k];
-    const V t = argument<clamped>(u, unit);
-    sum += unit.w * (t * rsqrt(1 + t * t) - unit.base);
-  }
-  return u + sum;
-}
-
-template <bool clamped, class V, class Units> MIRROR_FN Point<V> psi_slope(V u, const Units& units) {
+template <bool far, class V, class Units> MIRROR_FN Point<V> psi_slope(V u, const Units& units) {
   V sum{}, slope{};
   for (int k = 0; k < units.count; ++k) {
     const auto unit = units[k];
-    const V t = argument<clamped>(u, unit);
+    const V t = argument<far>(u, unit, units.bounds.reach);
     const V r = rsqrt(1 + t * t);
-    sum += unit.w * (t * r - unit.base);
+    sum += unit.w * (t * r);
     slope += unit.ws * (r * (r * r));
   }
-  return {u + sum, 1 + slope};
-}
-
-// Clamping costs two operations a unit and is hardly ever needed: ask once for all units.
-template <class V, class Units> MIRROR_FN V psi(V u, const Units& units) {
-  if (any(abs(u) > units.bounds.reach)) return psi<true>(u, units);
-  return psi<false>(u, units);
+  return {u + (sum - units.base), 1 + slope};
 }
 
 template <class V, class Units> MIRROR_FN Point<V> psi_slope(V u, const Units& units) {
-  if (any(abs(u) > units.bounds.reach)) return psi_slope<true>(u, units);
-  return psi_slope<false>(u, units);
+  return any(abs(u) > units.bounds.reach) ? psi_slope<true>(u, units) : psi_slope<false>(u, units);
 }
 
 // What one point gives to the gradient of the coefficients, summed over points with weight q.
@@ -116,15 +123,15 @@ template <class V> struct Moments {
 };
 
 // Adds to the moments of every unit, and returns psi and psi'.
-template <bool clamped, class V, class Units>
+template <bool far, class V, class Units>
 MIRROR_FN Point<V> accumulate(V u, V q, const Units& units, Moments<V>* moments) {
   V sum{}, slope{};
   const V lever = q * u;
   for (int k = 0; k < units.count; ++k) {
     const auto unit = units[k];
-    const V t = argument<clamped>(u, unit);
-    const V r = rsqrt(1 + t * t), rise = t * r - unit.base, steep = r * (r * r);
-    // Differences at the point, not of the sums: at u = 0 they are exactly zero.
+    const V t = argument<far>(u, unit, units.bounds.reach);
+    const V r = rsqrt(1 + t * t), rise = product(t, r) - unit.base, steep = product(r, r * r);
+    // Differences at the point, not of the sums: at u = 0 they are zero exactly.
     moments[k].w += q * rise;
     moments[k].slope += q * (steep - unit.base_slope);
     moments[k].lever += lever * steep;
@@ -136,8 +143,8 @@ MIRROR_FN Point<V> accumulate(V u, V q, const Units& units, Moments<V>* moments)
 
 template <class V, class Units>
 MIRROR_FN Point<V> accumulate(V u, V q, const Units& units, Moments<V>* moments) {
-  if (any(abs(u) > units.bounds.reach)) return accumulate<true>(u, q, units, moments);
-  return accumulate<false>(u, q, units, moments);
+  return any(abs(u) > units.bounds.reach) ? accumulate<true>(u, q, units, moments)
+                                          : accumulate<false>(u, q, units, moments);
 }
 
 // The gradient in the coefficients of one unit, from its moments.
@@ -170,15 +177,15 @@ MIRROR_FN auto newton(V y, V target, V scale, const Units& units) {
 // newton.solve_monotone, lane by lane. The bracket always holds the root; a step that leaves it, or
 // does not halve the residual, is a bisection. A lane stops when its residual is within rounding,
 // and after the last Newton step, without evaluating psi again.
-template <class T, class V, class Units>
-MIRROR_SLOW V solve_in_bracket(V target, V start, const Units& units, int& status) {
+template <class T, class V, class Units, class First>
+MIRROR_SLOW V solve_in_bracket(V target, const First& first, const Units& units, int& status) {
   using L = Limits<T>;
   const V bracket = T(1.05) * units.bounds.span + (4 * L::eps) * abs(target) + L::tiny;
   const V scale = abs(target) + units.bounds.span;
   V lower = target - bracket, upper = target + bracket;
-  V y = clamp(start, lower, upper);
+  V y = select(first.last | ((first.y > lower) & (first.y < upper)), first.y, target);
   V previous = L::max + V{}, residual{};
-  auto done = target < target;
+  auto done = first.last;
   auto bisected = done;
   for (int i = 0;; ++i) {
     const auto step = newton<T>(y, target, scale, units);
@@ -208,9 +215,9 @@ MIRROR_SLOW V solve_in_bracket(V target, V start, const Units& units, int& statu
 // Solves psi(y) = target; NaN, and a status that says why, where that failed.
 template <class T, class V, class Units>
 MIRROR_FN V solve(V target, V start, const Units& units, int& status) {
-  const auto step = newton<T>(start, target, abs(target) + units.bounds.span, units);
-  if (!any(!step.last)) return step.y;
-  return solve_in_bracket<T>(target, start, units, status);
+  const auto first = newton<T>(start, target, abs(target) + units.bounds.span, units);
+  if (!any(!first.last)) return first.y;
+  return solve_in_bracket<T>(target, first, units, status);
 }
 
 }  // namespace

@@ -208,6 +208,22 @@ MIRROR_FN Vec<float> reciprocal(Vec<float> x) {
 
 MIRROR_FN Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
 
+// x * y, which the compiler must not contract with a sum.
+#if defined(__AVX512F__)
+#define MIRROR_ROUND(x) asm("" : "+v"(x))
+#elif defined(__x86_64__)
+#define MIRROR_ROUND(x) asm("" : "+x"(x))
+#elif defined(__aarch64__)
+#define MIRROR_ROUND(x) asm("" : "+w"(x))
+#else
+#define MIRROR_ROUND(x) asm("" : "+m"(x))
+#endif
+template <class V> MIRROR_FN V product(V x, V y) {
+  V xy = x * y;
+  MIRROR_ROUND(xy);
+  return xy;
+}
+
 template <class M, class V> MIRROR_FN V select(M mask, V a, V b) { return mask ? a : b; }
 
 // Two registers at once: what one waits for, the other fills.
@@ -216,15 +232,18 @@ template <class R> struct Pair {
 };
 
 template <class T> concept Number = std::is_arithmetic_v<T>;
+template <class R> using Lane = std::remove_cvref_t<decltype(R{}[0])>;
 
 #define MIRROR_PAIR_OPERATOR(op)                                                                  \
   template <class R> MIRROR_FN auto operator op(Pair<R> x, Pair<R> y) {                           \
     return Pair<decltype(x.a op y.a)>{x.a op y.a, x.b op y.b};                                    \
   }                                                                                               \
-  template <class R, Number N> MIRROR_FN auto operator op(Pair<R> x, N y) {                       \
+  template <class R, Number N> MIRROR_FN auto operator op(Pair<R> x, N number) {                  \
+    const Lane<R> y = number;                                                                     \
     return Pair<decltype(x.a op y)>{x.a op y, x.b op y};                                          \
   }                                                                                               \
-  template <class R, Number N> MIRROR_FN auto operator op(N x, Pair<R> y) {                       \
+  template <class R, Number N> MIRROR_FN auto operator op(N number, Pair<R> y) {                  \
+    const Lane<R> x = number;                                                                     \
     return Pair<decltype(x op y.a)>{x op y.a, x op y.b};                                          \
   }
 MIRROR_PAIR_OPERATOR(+)
@@ -262,9 +281,6 @@ template <class T> MIRROR_FN void store(T* p, Pair<Vec<T>> v, Two) {
   store(p + kLanes<T>, v.b);
 }
 
-// A number goes the way of the registers, so that both round alike.
-MIRROR_FN float rsqrt(float d) { return rsqrt(d + Vec<float>{})[0]; }
-MIRROR_FN double rsqrt(double d) { return rsqrt(d + Vec<double>{})[0]; }
 MIRROR_FN float abs(float x) { return __builtin_fabsf(x); }
 MIRROR_FN double abs(double x) { return __builtin_fabs(x); }
 

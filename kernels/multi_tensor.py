@@ -1,10 +1,9 @@
 r"""The mirror step of a whole list of tensors, in place, in one launch.
 
-Two tables in device memory describe the work: ``tensors`` has a row of addresses and sizes for each
-tensor, ``programs`` a row for each program. A program does a stretch of one channel, whose
-coefficients are then numbers, or, in a tensor whose channels are too short for that, a few entries
-with their own coefficients. The tables are made once for a list and kept, so that a step is one
-launch, without synchronising, also while a CUDA graph is captured.
+Tables in device memory describe the work (``plans``), so that a step of any list is one launch,
+without synchronising, also while a CUDA graph is captured. A program does a stretch of one channel,
+whose coefficients are then numbers, or, in a tensor whose channels are too short for that, a few
+entries with their own coefficients.
 
 A parameter is seen as ``(C, n)``, with C and K from its coefficients ``(K, C)``. With the direction
 d (the gradient, or its momentum) and S = gain psi,
@@ -19,13 +18,17 @@ An element whose solve fails, or whose result is not finite in the parameter's d
 parameter and state, and the status tells.
 """
 
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from mirror_opt.errors import InputError
+from mirror_opt.kernels import plans
 from mirror_opt.kernels.device import (
     any_true,
     coefficients,
@@ -35,26 +38,17 @@ from mirror_opt.kernels.device import (
     solve,
     solve_near,
 )
-from mirror_opt.kernels.separable import check_device
-from torch import Tensor
-
-from mirror_opt.errors import InputError
 
 __all__ = ["step_"]
 
-# A program does a stretch of a channel tile by tile. Eight entries a thread are two 16-byte
-# accesses of float32 and one of the half precisions; one warp a program makes the test of
-# convergence a vote without a barrier, and keeps the coefficients in uniform registers.
-_WIDE, _STRETCH, _WARPS = 256, 2048, 1
-# Work is cut into about this many programs before stretches grow.
-_PROGRAMS = 2048
-# Channels shorter than this leave more than half of a wide tile idle. Their entries go one to a
-# thread, which has room for coefficients of its own.
-_NARROW, _SHORT = 32, 128
+# One warp a program makes the test of convergence a vote without a barrier, and keeps the
+# coefficients in uniform registers.
+_WARPS = 1
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_NONE, _CHANNEL, _ELEMENT = (tl.constexpr(i) for i in range(3))
-_FIELDS = tl.constexpr(12)
+_NONE, _CHANNEL, _ELEMENT = (
+    tl.constexpr(i) for i in (plans.NONE, plans.CHANNEL, plans.ELEMENT)
+)
+_FIELDS = tl.constexpr(plans.FIELDS)
 # Entries of 16 bytes, whatever the dtype.
 _UNIT = tl.constexpr(8)
 
@@ -276,125 +270,6 @@ def _step_kernel(
             )
 
 
-class _Item(NamedTuple):
-    """One tensor of the list with what belongs to it, all laid out alike; None where absent."""
-
-    param: Tensor
-    grad: Tensor
-    gain: Tensor | None
-    buffer: Tensor | None
-    anchor: Tensor | None
-    dual: Tensor | None
-    dual_init: Tensor | None
-    w: Tensor
-    s: Tensor
-    c: Tensor
-
-    def fields(self) -> tuple[int, ...]:
-        """The row of the table of tensors."""
-        channels = self.w.shape[1]
-        addresses = (0 if x is None else x.data_ptr() for x in self)
-        return (*addresses, channels, self.param.numel() // channels)
-
-
-def _is_wide(row: tuple[int, ...]) -> bool:
-    """Whether programs do stretches of a channel: in long channels, at addresses of 16 bytes."""
-    return row[-1] >= _SHORT and not any(address % 16 for address in row[:7])
-
-
-# Tables by what they hold, the last used last. A captured graph reads its tables at every replay,
-# so those are kept for good.
-_tables: OrderedDict[tuple, Tensor] = OrderedDict()
-_captured: list[Tensor] = []
-_MAX_TABLES = 64
-
-
-def _table(key: tuple, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
-    """A table in device memory, copied there without synchronising when it is new."""
-    key = (device, *key)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    table = _tables.get(key)
-    if table is None:
-        host = make()
-        if device.type == "cuda":
-            host = host.pin_memory()
-        table = host.to(device, non_blocking=True)
-        if capturing:
-            # The copy is part of the graph: before a replay the table is empty.
-            _captured.extend((host, table))
-            return table
-        _tables[key] = table
-        if len(_tables) > _MAX_TABLES:
-            _tables.popitem(last=False)
-    elif capturing:
-        _captured.append(table)
-    _tables.move_to_end(key)
-    return table
-
-
-def _programs(shapes: Sequence[tuple[int, int, bool]]) -> Tensor:
-    """Rows (tensor, channel or -1, begin, end), int64, for tensors (C, n), wide or not."""
-    # Shorter stretches where there is too little work to fill a large GPU with long ones.
-    total = sum(channels * n for channels, n, _ in shapes)
-    stretch = min(max(total // _PROGRAMS // _WIDE, 1) * _WIDE, _STRETCH)
-    rows = []
-    for i, (channels, n, wide) in enumerate(shapes):
-        if wide:
-            pieces = triton.cdiv(n, stretch)
-            channel = torch.arange(channels).repeat_interleave(pieces)
-            begin = channel * n + torch.arange(pieces).repeat(channels) * stretch
-            end = torch.minimum(begin + stretch, (channel + 1) * n)
-        else:
-            begin = torch.arange(0, channels * n, _NARROW)
-            channel = torch.full_like(begin, -1)
-            end = (begin + _NARROW).clamp(max=channels * n)
-        rows.append(torch.stack([torch.full_like(begin, i), channel, begin, end], 1))
-    return torch.cat(rows)
-
-
-def _check(item: _Item) -> None:
-    """Raises InputError unless the tensors of an item fit each other."""
-    param, w = item.param, item.w
-    check_device(param)
-    shape, channels = tuple(param.shape), w.shape[-1]
-    if w.dim() != 2 or channels == 0 or param.numel() % channels:
-        raise InputError(
-            f"Invalid w of shape {tuple(w.shape)} for a parameter of shape {shape}: pass (K, C), "
-            "where C divides its number of elements"
-        )
-    floats, single = tuple(_DTYPES), (torch.float32,)
-    dtypes_of = dict.fromkeys(_Item._fields, single)
-    dtypes_of |= dict.fromkeys(("param", "grad", "buffer", "anchor"), floats)
-    for name, x in item._asdict().items():
-        shapes = [tuple(w.shape)] if name in "wsc" else [shape]
-        if name == "gain":
-            shapes.append((channels,))
-        if x is not None and (x.dtype not in dtypes_of[name] or tuple(x.shape) not in shapes):
-            raise InputError(
-                f"Invalid {name} of shape {tuple(x.shape)} and dtype {x.dtype}: pass "
-                f"{' or '.join(map(str, shapes))}, {' or '.join(map(str, dtypes_of[name]))}"
-            )
-    states = {x.dtype for x in (item.buffer, item.anchor) if x is not None}
-    if len(states) > 1:
-        raise InputError(f"buffers and anchors of dtypes {states}: pass one dtype for both")
-
-
-def _laid_out(item: _Item) -> _Item:
-    """The item with all tensors in one order in memory, as they are where that is so already."""
-    # A channels-last weight keeps its output channels outermost: it is served as it lies.
-    param, layout = item.param, torch.contiguous_format
-    if param.dim() == 4 and not param.is_contiguous() and item.w.shape[1] in (1, param.shape[0]):
-        layout = torch.channels_last
-    return _Item(
-        *(
-            x if x is None
-            else x.contiguous(memory_format=layout) if x.shape == param.shape
-            else x.contiguous()
-            for x in item
-        )
-    )
-
-
 def step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -447,43 +322,27 @@ def step_(
     """
     if (momentum != 0) != (buffers is not None):
         raise InputError(f"Invalid {momentum=}: pass buffers with a momentum, and None without")
+    if not params:
+        return torch.zeros(1, dtype=torch.int32) if status is None else status
+    device = params[0].device
     lists = (params, grads, gains, buffers, anchors, duals, dual_inits, ws, ss, cs)
-    absent: Sequence[None] = [None] * len(params)
-    if any(x is not None and len(x) != len(params) for x in lists):
-        raise InputError(f"lists of {[len(x or ()) for x in lists]} tensors: pass one of each")
-    given = [_Item(*x) for x in zip(*(absent if x is None else x for x in lists), strict=True)]
-    for item in given:
-        _check(item)
+    launches, copies = plans.plan(lists, device)
     if status is None:
-        status = torch.zeros(1, dtype=torch.int32, device=params[0].device if params else None)
-    given = [item for item in given if item.param.numel()]
-    items = [_laid_out(item) for item in given]
-    groups = defaultdict(list)
-    for item in items:
-        state = next((x.dtype for x in (item.buffer, item.anchor) if x is not None), torch.float32)
-        gain = _NONE if item.gain is None else _ELEMENT
-        if item.gain is not None and item.gain.shape != item.param.shape:
-            gain = _CHANNEL
-        key = (item.param.dtype, item.grad.dtype, state, item.w.shape[0], gain.value)
-        groups[key].append(item.fields())
-    on_device = isinstance(lr, Tensor) and lr.device == status.device
-    for (param, grad, state, k, gain), rows in groups.items():
-        shapes = tuple((*row[-2:], _is_wide(row)) for row in rows)
-        programs = _table(("programs", shapes), status.device, lambda s=shapes: _programs(s))
-        tensors = _table(("tensors", *rows), status.device, lambda r=rows: torch.tensor(r))
-        _step_kernel[len(programs),](
-            tensors, programs, lr if on_device else float(lr), float(momentum),
-            float(weight_decay), grad_scale, found_inf, status,
-            K=k, PRIMAL=primal, GAIN=gain, MOMENTUM=momentum != 0, NESTEROV=nesterov,
-            DECAY=weight_decay != 0, MAXIMIZE=maximize, ANCHOR=anchors is not None,
-            DUAL=duals is not None, DUAL_INIT=dual_inits is not None, LR_ON_DEVICE=on_device,
-            PARAM=_DTYPES[param], GRAD=_DTYPES[grad], STATE=_DTYPES[state],
-            WIDE=_WIDE, NARROW=_NARROW, num_warps=_WARPS,
-        )
-    for before, item in zip(given, items, strict=True):
-        for old, new in (
-            (before.param, item.param), (before.buffer, item.buffer), (before.dual, item.dual)
-        ):
+        status = torch.zeros(1, dtype=torch.int32, device=device)
+    on_device = isinstance(lr, Tensor) and lr.device == device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for tensors, programs, compiled_for in launches:
+            programs = programs.use()
+            _step_kernel[len(programs),](
+                tensors.use(), programs, lr if on_device else float(lr), float(momentum),
+                float(weight_decay), grad_scale, found_inf, status, **compiled_for,
+                PRIMAL=primal, MOMENTUM=momentum != 0, NESTEROV=nesterov, DECAY=weight_decay != 0,
+                MAXIMIZE=maximize, ANCHOR=anchors is not None, DUAL=duals is not None,
+                DUAL_INIT=dual_inits is not None, LR_ON_DEVICE=on_device,
+                WIDE=plans.WIDE, NARROW=plans.NARROW, num_warps=_WARPS,
+            )
+    for original, copy in copies:
+        for old, new in zip(original.changed(), copy.changed(), strict=True):
             if new is not old:
                 old.copy_(new)
     return status

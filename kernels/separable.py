@@ -14,6 +14,9 @@ that a result is the same bit for bit whenever it is computed again.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from mirror_opt.errors import InputError
 from mirror_opt.kernels.device import (
     any_true,
     coefficients,
@@ -25,9 +28,6 @@ from mirror_opt.kernels.device import (
     solve,
     solve_near,
 )
-from torch import Tensor
-
-from mirror_opt.errors import InputError
 
 __all__ = ["backward", "check_device", "forward", "inverse", "step"]
 

@@ -190,7 +190,7 @@ def solve_convex(
     tolerance: float | None = None,
     max_iterations: int = 50,
 ) -> Solution:
-    r"""Solves f(y) = target for the gradient f of a strongly convex ``potential``.
+    r"""Solves f(y) = target for the gradient f, f(0) = 0, of a strongly convex ``potential``.
 
     Damped Newton on the convex function potential(y) - <target, y>: each direction solves
     J(y) d = target - f(y) by conjugate gradients on the symmetric positive definite Jacobian,
@@ -211,11 +211,19 @@ def solve_convex(
     tolerance = 8 * _default_tolerance(target.dtype) if tolerance is None else tolerance
     norm = math.sqrt(_dot(target, target))
     y = torch.zeros_like(target)
+    if norm == 0:  # f(0) = 0, and there is no scale to measure a rounding error of f against
+        return Solution(y, Status.CONVERGED, 0, 0.0)
     residual = target - f(y)
     size = math.sqrt(_dot(residual, residual))
     iterations = 0
-    while size > tolerance * norm and iterations < max_iterations:
+    polished = False
+    while not (size <= tolerance * norm and polished) and iterations < max_iterations:
         iterations += 1
+        # One full step more once the tolerance is met, kept if it helps: its error is squared, and
+        # the answer then is as good as f can be evaluated.
+        polished = size <= tolerance * norm
+        if size == 0:
+            break
         # Solving the inner system no better than the outer residual asks keeps the quadratic
         # order of Newton's method at a fraction of the products (inexact Newton).
         forcing = min(0.1, size / norm)
@@ -226,15 +234,18 @@ def solve_convex(
             candidate = y + step * direction
             new_residual = target - f(candidate)
             new_size = math.sqrt(_dot(new_residual, new_residual))
+            if polished:
+                break
             fall = here - (float(potential(candidate)) - _dot(target, candidate))
             if fall >= 1e-4 * step * slope or new_size < size:
                 break
             step /= 2
             if step < 1e-10:
                 return Solution(y, Status.MAX_ITERATIONS, iterations, size / norm)
-        y, residual, size = candidate, new_residual, new_size
+        if not polished or new_size < size:
+            y, residual, size = candidate, new_residual, new_size
     status = Status.CONVERGED if size <= tolerance * norm else Status.MAX_ITERATIONS
-    return Solution(y, status, iterations, size / norm if norm else 0.0)
+    return Solution(y, status, iterations, size / norm)
 
 
 class _SymmetricSolve(torch.autograd.Function):

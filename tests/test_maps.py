@@ -40,7 +40,7 @@ def learned(name: str, options: dict, dtype=torch.float64, shapes=SHAPES):
     mirror_map.calibrate(samples)
     with torch.no_grad():
         for p in mirror_map.parameters():
-            p.add_(0.3 * torch.randn_like(p))
+            p.add_(0.2 * torch.randn_like(p))
     return mirror_map
 
 

@@ -21,7 +21,7 @@ BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpp": cpp, "torch": plain}
 ``DEVICES``: the types of devices for which it is an automatic choice, None for all;
 ``unavailable()``: why it cannot be used on this machine, None if it can;
 ``describe()``: what it runs on;
-``refusal(x, units, sigma)``: why it does not serve such operands, None if it does.
+``refusal(operator, x, units, sigma)``: why it does not serve such operands, None if it does.
 """
 
 _chosen: str | None = None  # None: the environment decides
@@ -92,8 +92,8 @@ def choose(operator: str, x: Tensor, units: int, sigma: str) -> ModuleType:
         reason = _refusal(name, operator, x, units, sigma)
         if reason:
             raise InputError(
-                f"backend {name!r} does not serve separable_{operator}: {reason}; choose another with "
-                "mirror_opt.use_backend, such as 'auto'"
+                f"backend {name!r} does not serve separable_{operator}: {reason}; choose another, "
+                "such as mirror_opt.use_backend('auto')"
             )
         return BACKENDS[name]
     return next(
@@ -108,7 +108,7 @@ def _refusal(name: str, operator: str, x: Tensor, units: int, sigma: str) -> str
     module = BACKENDS[name]
     if not hasattr(module, operator):
         return "it has no such operator"
-    return module.unavailable() or module.refusal(x, units, sigma)
+    return module.unavailable() or module.refusal(operator, x, units, sigma)
 
 
 def _current() -> str:

@@ -1,16 +1,30 @@
 """The operators on the CPU library, whose loops csrc/ holds."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from mirror_opt.backends.layout import Rows
 from mirror_opt.backends.library import load
 
-__all__ = ["DEVICES", "backward", "describe", "forward", "inverse", "refusal", "step", "unavailable"]
+__all__ = [
+    "DEVICES",
+    "backward",
+    "describe",
+    "forward",
+    "inverse",
+    "refusal",
+    "step",
+    "step_",
+    "unavailable",
+]
 
 DEVICES = ("cpu",)
 
 _MAX_UNITS = 64  # kMaxUnits
+_CHANGED = (0, 6, 8)  # of the lists of step_: parameters, momentum, dual state
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def unavailable() -> str | None:
@@ -23,12 +37,13 @@ def describe() -> str:
     return f"CPU, {torch.ops.mirror_opt_cpu.instruction_set('')}"
 
 
-def refusal(x: Tensor, units: int, sigma: str) -> str | None:
+def refusal(operator: str, x: Tensor, units: int, sigma: str) -> str | None:
     """Why these operands are not served; None if they are."""
     if x.device.type != "cpu":
         return f"it runs on the CPU and got a tensor on {x.device}"
-    if x.dtype not in (torch.float32, torch.float64):
-        return f"it takes float32 and float64 and got {x.dtype}"
+    dtypes = (torch.float32, torch.float64, *(_HALF if operator == "step_" else ()))
+    if x.dtype not in dtypes:
+        return f"it takes {', '.join(map(str, dtypes))} and got {x.dtype}"
     if sigma != "algebraic":
         return f"it has sigma='algebraic' only and got {sigma!r}"
     if units > _MAX_UNITS:
@@ -57,6 +72,29 @@ def step(
         rows.u, rows.like_u(g), float(lr), rows.gain, *rows.units
     )
     return rows.shaped(y), torch.tensor(status, dtype=torch.int32)
+
+
+def step_(
+    params: Sequence[Tensor], grads: Sequence[Tensor], lr: Tensor, gains: Sequence[Tensor],
+    ws: Sequence[Tensor], ss: Sequence[Tensor], cs: Sequence[Tensor], buffers: Sequence[Tensor],
+    anchors: Sequence[Tensor], duals: Sequence[Tensor], dual_inits: Sequence[Tensor],
+    grad_scale: Tensor | None, found_inf: Tensor | None, status: Tensor, momentum: float,
+    weight_decay: float, nesterov: bool, maximize: bool, primal: bool, sigma: str,
+) -> None:
+    if found_inf is not None and float(found_inf):
+        return
+    rate = float(lr)
+    scale = (-1.0 if maximize else 1.0) / (1.0 if grad_scale is None else float(grad_scale))
+    lists = (params, grads, gains, ws, ss, cs, buffers, anchors, duals, dual_inits)
+    rows = [[x if x.is_contiguous() else x.contiguous() for x in xs] for xs in lists]
+    worst = torch.ops.mirror_opt_cpu.step_(
+        *rows, rate, momentum, 1 - rate * weight_decay, scale, nesterov, primal
+    )
+    for i in _CHANGED:
+        for old, new in zip(lists[i], rows[i], strict=True):
+            if new is not old:
+                old.copy_(new)
+    status.clamp_(min=worst)
 
 
 def backward(

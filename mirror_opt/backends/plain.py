@@ -1,6 +1,8 @@
-"""The operators in plain PyTorch: any device, any dtype, any sigma, and the formulas of gradients."""
+"""The operators in plain PyTorch, for any device, dtype and sigma; the formulas of gradients."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,7 +11,17 @@ from mirror_opt import reference
 from mirror_opt.newton import Status, solve_monotone
 from mirror_opt.reference import Units
 
-__all__ = ["DEVICES", "backward", "describe", "forward", "inverse", "refusal", "step", "unavailable"]
+__all__ = [
+    "DEVICES",
+    "backward",
+    "describe",
+    "forward",
+    "inverse",
+    "refusal",
+    "step",
+    "step_",
+    "unavailable",
+]
 
 DEVICES = None  # any
 
@@ -22,7 +34,7 @@ def describe() -> str:
     return "any device"
 
 
-def refusal(x: Tensor, units: int, sigma: str) -> None:
+def refusal(operator: str, x: Tensor, units: int, sigma: str) -> None:
     """It serves everything."""
 
 
@@ -44,6 +56,51 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     """S^-1(S(x) - lr g), and the status."""
     return inverse(forward(x, gain, w, s, c, sigma) - lr * g, gain, w, s, c, sigma)
+
+
+def step_(
+    params: Sequence[Tensor], grads: Sequence[Tensor], lr: Tensor, gains: Sequence[Tensor],
+    ws: Sequence[Tensor], ss: Sequence[Tensor], cs: Sequence[Tensor], buffers: Sequence[Tensor],
+    anchors: Sequence[Tensor], duals: Sequence[Tensor], dual_inits: Sequence[Tensor],
+    grad_scale: Tensor | None, found_inf: Tensor | None, status: Tensor, momentum: float,
+    weight_decay: float, nesterov: bool, maximize: bool, primal: bool, sigma: str,
+) -> None:
+    """One mirror step of every parameter in place; see ``ops.separable_step_``."""
+    go = torch.ones_like(status, dtype=torch.bool) if found_inf is None else found_inf == 0
+    scale = (-1.0 if maximize else 1.0) / (1.0 if grad_scale is None else grad_scale)
+    decay = 1 - lr * weight_decay
+
+    def row(tensors: Sequence[Tensor], i: int) -> Tensor | float:
+        # As (C, n) in the dtype of the coefficients (K, C).
+        if not tensors:
+            return 0.0
+        columns = ws[i].shape[1]
+        n = params[i].numel() // max(columns, 1)
+        return tensors[i].to(ws[i].dtype).reshape(columns, n)
+
+    for i, param in enumerate(params):
+        gain = row(gains, i) if gains else ws[i].new_ones(())
+        s = _Map(gain, *(x[i].unsqueeze(-1) for x in (ws, ss, cs)), sigma, torch.zeros_like(status))
+        grad_h, grad_h_star = (s.value, s.inverse) if primal else (s.inverse, s.value)
+        anchor, z0 = row(anchors, i), row(dual_inits, i)
+        d = b = scale * row(grads, i)
+        if buffers:
+            b = momentum * row(buffers, i) + d
+            d = d + momentum * b if nesterov else b
+        z = row(duals, i) + z0
+        if weight_decay != 0 or not duals:
+            x = anchor + grad_h_star(z) if duals else row(params, i)
+            z = grad_h(decay * x - anchor)
+        z = z - lr * d
+        new = [(param, anchor + grad_h_star(z))]
+        new += [(buffers[i], b)] if buffers else []
+        new += [(duals[i], z - z0)] if duals else []
+        new = [(old, x.to(old.dtype).reshape(old.shape)) for old, x in new]
+        good = torch.stack([x.isfinite() for _, x in new]).all(0)
+        worst = torch.maximum(s.status, (~good).any() * int(Status.NONFINITE))
+        status.copy_(torch.where(go, torch.maximum(status, worst), status))
+        for old, x in new:
+            old.copy_(torch.where(good & go, x, old))
 
 
 def backward(
@@ -68,6 +125,26 @@ def backward(
         _sum_to(by_gain, gain.shape),
         *(_sum_to(factor.unsqueeze(0) * p, w.shape) for p in partial),
     )
+
+
+@dataclass
+class _Map:
+    """S, with the worst status of its solves so far."""
+
+    gain: Tensor
+    w: Tensor
+    s: Tensor
+    c: Tensor
+    sigma: str
+    status: Tensor
+
+    def value(self, u: Tensor) -> Tensor:
+        return forward(u, self.gain, self.w, self.s, self.c, self.sigma)
+
+    def inverse(self, t: Tensor) -> Tensor:
+        y, status = inverse(t, self.gain, self.w, self.s, self.c, self.sigma)
+        self.status = torch.maximum(self.status, status)
+        return y
 
 
 def _solve(target: Tensor, units: Units, sigma: str) -> tuple[Tensor, Tensor]:

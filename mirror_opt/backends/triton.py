@@ -1,6 +1,7 @@
 """The operators as Triton kernels, on CUDA devices or in Triton's interpreter."""
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -18,6 +19,7 @@ __all__ = [
     "inverse",
     "refusal",
     "step",
+    "step_",
     "unavailable",
 ]
 
@@ -39,12 +41,13 @@ def describe() -> str:
     return "interpreter on the CPU" if _interpreted() else torch.cuda.get_device_name()
 
 
-def refusal(x: Tensor, units: int, sigma: str) -> str | None:
+def refusal(operator: str, x: Tensor, units: int, sigma: str) -> str | None:
     """Why these operands are not served; None if they are."""
     if x.device.type != "cuda" and not _interpreted():
         return f"it runs on CUDA devices and got a tensor on {x.device}"
-    if x.dtype != torch.float32:
-        return f"it takes float32 and got {x.dtype}"
+    dtypes = (torch.float32, *((torch.float16, torch.bfloat16) if operator == "step_" else ()))
+    if x.dtype not in dtypes:
+        return f"it takes {', '.join(map(str, dtypes))} and got {x.dtype}"
     if sigma != "algebraic":
         return f"it has sigma='algebraic' only and got {sigma!r}"
     return None
@@ -69,6 +72,23 @@ def step(
     rows = Rows(x, gain, (w, s, c))
     y, status = _kernels().step(rows.u, rows.like_u(g), lr, rows.gain, *rows.units)
     return rows.shaped(y), status
+
+
+def step_(
+    params: Sequence[Tensor], grads: Sequence[Tensor], lr: Tensor, gains: Sequence[Tensor],
+    ws: Sequence[Tensor], ss: Sequence[Tensor], cs: Sequence[Tensor], buffers: Sequence[Tensor],
+    anchors: Sequence[Tensor], duals: Sequence[Tensor], dual_inits: Sequence[Tensor],
+    grad_scale: Tensor | None, found_inf: Tensor | None, status: Tensor, momentum: float,
+    weight_decay: float, nesterov: bool, maximize: bool, primal: bool, sigma: str,
+) -> None:
+    from mirror_opt.kernels.multi_tensor import step_
+
+    step_(
+        params, grads, lr, gains or None, ws, ss, cs, primal=primal, buffers=buffers or None,
+        anchors=anchors or None, duals=duals or None, dual_inits=dual_inits or None,
+        momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, maximize=maximize,
+        grad_scale=grad_scale, found_inf=found_inf, status=status,
+    )  # fmt: skip
 
 
 def backward(

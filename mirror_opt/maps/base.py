@@ -39,8 +39,8 @@ class MirrorMap(nn.Module):
     r"""The gradient of a distance-generating function (DGF) h over a sequence of tensors.
 
     ``forward`` is the mirror map grad h, ``inverse`` its inverse grad h*, the gradient of the
-    convex conjugate. One mirror step is ``inverse(forward(x) - lr * gradient)`` (Nemirovski and Yudin
-    1983; Beck and Teboulle 2003).
+    convex conjugate. One mirror step is ``inverse(forward(x) - lr * gradient)`` (Nemirovski and
+    Yudin 1983; Beck and Teboulle 2003).
 
     All methods take a sequence of tensors, one for each parameter; entries that are None (no
     gradient) pass through as None. ``coefficients()`` holds what depends on the map's own

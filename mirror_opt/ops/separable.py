@@ -1,16 +1,4 @@
-r"""Every operator of the package: schema, fake implementation, gradients, vmap rule.
-
-With S(u) = gain psi(u) (``reference``), elementwise,
-
-    separable_forward     S(u)
-    separable_inverse     S^-1(t), and a status
-    separable_step        S^-1(S(x) - lr g), and a status
-    separable_backward    gradients of S, or of S^-1, in u, gain, w, s and c
-
-u, t, x and g are ``(*)``; gain has as many dimensions and broadcasts against u; w, s and c are
-``(K, *)`` and broadcast against ``u[None]``. All have one dtype. ``backends`` decides which code
-runs. A status is 0-dim int32, the worst ``newton.Status`` of all elements, on the device of u;
-entries that were not solved are NaN.
+r"""S, its inverse and a mirror step, elementwise, with gradients of every order.
 
 Implicit differentiation (Blondel et al., "Efficient and modular implicit differentiation", 2022):
 with y = S^-1(t) and q = dL/dy / S'(y),
@@ -20,9 +8,8 @@ with y = S^-1(t) and q = dL/dy / S'(y),
 for the gain and the coefficients theta. Backward needs y only, none of the Newton iterations. Its
 own gradients are those of the formulas in plain PyTorch, so that every order is right.
 
-The operators are in ``torch.ops.mirror_opt``; the functions below are how to call them. Under
-``torch.func`` transforms they go through ``torch.autograd.Function``, since gradients registered
-with ``torch.library`` do not compose with them.
+Under ``torch.func`` transforms the operators go through ``torch.autograd.Function``, since
+gradients registered with ``torch.library`` do not compose with them.
 """
 
 import functools
@@ -195,7 +182,7 @@ def _register(
 
 
 def _call(name: str, *args):
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return _FUNCTIONS[name].apply(*args)
     return _OPERATORS[name](*args)
 
@@ -305,8 +292,9 @@ def _aligned(xs: Sequence[Tensor], gain: Tensor, units: Units) -> list[Tensor]:
         units = Units(*torch.broadcast_tensors(*units))
     x, (count, *rest) = xs[0], units.w.shape
     if gain.shape == x.shape == xs[-1].shape and len(rest) == x.dim():
-        if all(r == 1 or r == n for r, n in zip(rest, x.shape, strict=True)):
-            return [*xs, gain, *units]  # as the maps call it; what follows takes its time
+        fits = all(r in (1, n) for r, n in zip(rest, x.shape, strict=True))
+        if fits:  # as the maps call it; what follows takes its time
+            return [*xs, gain, *units]
     shape = torch.broadcast_shapes(*(x.shape for x in xs), gain.shape, rest)
     if gain.dim() < len(shape):
         gain = gain.reshape(*[1] * (len(shape) - gain.dim()), *gain.shape)

@@ -1,0 +1,382 @@
+"""How close does the fused step come to the limits of a GPU, and to torch's own optimizers?
+
+    python bench/step_gpu.py               # needs a CUDA device
+    python bench/step_gpu.py --dry-run     # tiny, interpreted on the CPU; checks, writes no rows
+
+One tensor of n elements and the parameter lists of networks, side by side in one process: the
+Triton step (without a gain, and with one for each element), the same formula with two fixed Newton
+steps in eager PyTorch and under torch.compile, and torch's SGD and AdamW, foreach and fused; each
+launched from Python, and as a CUDA graph where that can be captured. Times are of one step with a
+cold cache, from events on the device. Before it is timed, the Triton step is held against float64.
+
+A row has three ceilings for the step with two evaluations of psi: memory at the bandwidth of a
+copy measured here, special functions at 16 and fp32 operations at 128 per multiprocessor and cycle.
+Rows in $OUT/step_gpu.json, or bench/results/step_gpu.json.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+# Before anything imports Triton.
+if "--dry-run" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+import triton
+from results import add_rows
+from torch import Tensor
+
+from mirror_opt import reference
+from mirror_opt.fewshot import Conv4
+from mirror_opt.kernels.multi_tensor import step_
+from mirror_opt.reference import Units
+from mirror_opt.runs.results import versions
+
+NAME = "step_gpu"
+LR = 1e-2
+NEWTON_STEPS = 2
+TOLERANCE = 2e-6
+# Larger problems than this have no room for the temporaries of the eager formula.
+EAGER_LIMIT = 10**7
+# Compiling takes longer than all else together: it is done for these K, and lists of more tensors
+# than this are compiled a tensor at a time.
+COMPILED_UNITS = (8,)
+COMPILED_TENSORS = 64
+Shapes = list[tuple[int, ...]]
+
+
+def conv4() -> Shapes:
+    return [tuple(p.shape) for p in Conv4((1, 28, 28), 5, filters=64).parameters()]
+
+
+def resnet12() -> Shapes:
+    shapes: Shapes = []
+    inputs = 3
+    for width in (64, 96, 128, 256):
+        convolutions = [(width, inputs, 3, 3), (width, width, 3, 3), (width, width, 3, 3)]
+        for shape in (*convolutions, (width, inputs, 1, 1)):
+            shapes += [shape, (width,), (width,)]  # and its batch norm
+        inputs = width
+    return [*shapes, (5, inputs), (5,)]
+
+
+def gpt2_small() -> Shapes:
+    width, norm = 768, [(768,), (768,)]
+    block: Shapes = [
+        *norm, (3 * width, width), (3 * width,), (width, width), (width,),
+        *norm, (4 * width, width), (4 * width,), (width, 4 * width), (width,),
+    ]
+    return [(50257, width), (1024, width), *12 * block, *norm]
+
+
+MODELS = {"conv4": conv4, "resnet12": resnet12, "gpt2-small": gpt2_small}
+
+
+class Problem(NamedTuple):
+    """A list of parameters with gradients, and coefficients for each channel ``(K, C)``."""
+
+    case: str
+    params: list[Tensor]
+    grads: list[Tensor]
+    gains: list[Tensor]
+    units: list[Units]
+
+    @property
+    def elements(self) -> int:
+        return sum(p.numel() for p in self.params)
+
+    def rows(self, i: int, x: Tensor) -> Tensor:
+        """``x`` as ``(C, n)``, as the parameter i is seen."""
+        return x.reshape(self.units[i].w.shape[1], -1)
+
+
+def make_problem(case: str, shapes: Shapes, per_channel: bool, units: int, device: str) -> Problem:
+    generator = torch.Generator(device).manual_seed(0)
+    options: dict[str, Any] = {"generator": generator, "device": device}
+
+    def coefficients(shape: tuple[int, ...]) -> Units:
+        columns = shape[0] if per_channel else 1
+        s = 0.5 + torch.rand(units, columns, **options)
+        w = (torch.rand(units, columns, **options) - 0.5) / units / s
+        return Units(w, s, torch.randn(units, columns, **options))
+
+    params = [torch.randn(shape, **options) for shape in shapes]
+    grads = [torch.randn(shape, **options) for shape in shapes]
+    gains = [1 + torch.rand(shape, **options) for shape in shapes]
+    return Problem(case, params, grads, gains, [coefficients(shape) for shape in shapes])
+
+
+def check(problem: Problem, gain: bool, sample: int = 100_000) -> float:
+    """The largest residual of a step in float64, over |t| + W; of a few entries of each row."""
+    before = [p.clone() for p in problem.params]
+    status = triton_step(problem, gain)
+    if int(status):
+        raise RuntimeError(f"{problem.case}: the solve ended with status {int(status)}")
+    worst = 0.0
+    for i, (param, old, units) in enumerate(
+        zip(problem.params, before, problem.units, strict=True)
+    ):
+        stride = max(1, param.numel() // sample)
+        wide = Units(*(x.double().unsqueeze(2) for x in units))
+
+        def rows(x: Tensor, i: int = i, stride: int = stride) -> Tensor:
+            return problem.rows(i, x)[:, ::stride].double()
+
+        g = rows(problem.grads[i]) / (rows(problem.gains[i]) if gain else 1)
+        t = reference.psi(rows(old), wide) - LR * g
+        residual = (reference.psi(rows(param), wide) - t).abs()
+        worst = max(worst, float((residual / (t.abs() + reference.psi_bracket(wide))).max()))
+    for param, old in zip(problem.params, before, strict=True):
+        param.copy_(old)
+    if worst > TOLERANCE:
+        raise RuntimeError(f"{problem.case}: the residual is {worst:.1e}, above {TOLERANCE:.0e}")
+    return worst
+
+
+def triton_step(problem: Problem, gain: bool) -> Tensor:
+    gains = problem.gains if gain else None
+    units = zip(*problem.units, strict=True)
+    return step_(problem.params, problem.grads, LR, gains, *units, primal=True)
+
+
+def formula(params: list[Tensor], grads: list[Tensor], units: list[Units]) -> None:
+    """The step with a fixed number of Newton steps, as one writes it in PyTorch."""
+    for param, grad, (w, s, c) in zip(params, grads, units, strict=True):
+        x, g = (y.view(w.shape[1], -1) for y in (param, grad))
+
+        def evaluate(u: Tensor, w: Tensor = w, s: Tensor = s, c: Tensor = c):
+            total, slope = u, torch.ones_like(u)
+            for w_k, s_k, c_k in zip(w.unsqueeze(2), s.unsqueeze(2), c.unsqueeze(2), strict=True):
+                t, t0 = s_k * (u - c_k), -s_k * c_k
+                r = torch.rsqrt(1 + t * t)
+                total = total + w_k * (t * r - t0 * torch.rsqrt(1 + t0 * t0))
+                slope = slope + w_k * s_k * r * r * r
+            return total, slope
+
+        value, slope = evaluate(x)
+        target = value - LR * g
+        y = x - LR * g / slope
+        for _ in range(NEWTON_STEPS):
+            value, slope = evaluate(y)
+            y = y - (value - target) / slope
+        x.copy_(y)
+
+
+def optimizer_step(problem: Problem, kind: type, **options: Any) -> Callable[[], Any]:
+    params = [torch.nn.Parameter(p) for p in problem.params]  # shares memory
+    for param, grad in zip(params, problem.grads, strict=True):
+        param.grad = grad
+    return kind(params, lr=LR, **options).step
+
+
+def compiled(problem: Problem) -> Callable[[], None]:
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64  # a list has that many shapes at most
+    run = torch.compile(formula, dynamic=False)
+    lists = problem.params, problem.grads, problem.units
+    if len(problem.params) <= COMPILED_TENSORS:
+        return partial(run, *lists)
+    single = [([p], [g], [u]) for p, g, u in zip(*lists, strict=True)]
+
+    def step() -> None:
+        for args in single:
+            run(*args)
+
+    return step
+
+
+def contenders(
+    problem: Problem, units: int, options: argparse.Namespace
+) -> Iterator[tuple[str, Callable, bool]]:
+    """Name, step, and whether a CUDA graph of it is timed too."""
+    yield "triton", partial(triton_step, problem, False), True
+    yield "triton, gain", partial(triton_step, problem, True), True
+    if problem.elements <= EAGER_LIMIT:
+        yield "torch", partial(formula, problem.params, problem.grads, problem.units), False
+    if options.compile and units in COMPILED_UNITS:
+        yield "torch.compile", compiled(problem), True
+    for kind in (torch.optim.SGD, torch.optim.AdamW):
+        for how in ("foreach", "fused"):
+            capturable = {"capturable": True} if kind is torch.optim.AdamW else {}
+            if options.dry_run:
+                capturable = {}
+            step = optimizer_step(problem, kind, **{how: True}, **capturable)
+            yield f"{kind.__name__}, {how}", step, how == "fused"
+
+
+class Timer:
+    """Seconds of single steps: by events on the device, with the cache flushed before each."""
+
+    def __init__(self, device: str, repeats: int):
+        self.cuda, self.repeats = device != "cpu", repeats
+        if self.cuda:
+            cache = torch.cuda.get_device_properties(device).L2_cache_size
+            self.flush = torch.empty(4 * cache, dtype=torch.int8, device=device)
+
+    def __call__(self, step: Callable[[], Any], restore: Callable[[], Any]) -> list[float]:
+        for _ in range(3):  # compiles, makes tables and states
+            step()
+        restore()
+        if not self.cuda:
+            start = time.perf_counter()
+            step()
+            return [time.perf_counter() - start] * 2
+        marks = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(self.repeats)]
+        for start, end in marks:
+            restore()
+            self.flush.zero_()
+            start.record()
+            step()
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in marks]
+
+    def graph(self, step: Callable[[], Any]) -> Callable[[], Any]:
+        """A replay of the step."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+
+
+class Ceilings:
+    """Seconds below which a step with two evaluations of psi cannot come."""
+
+    def __init__(self, device: str, timer: Timer):
+        properties = torch.cuda.get_device_properties(device)
+        source, target = torch.randn(2, 2**28, device=device)
+        seconds = statistics.median(timer(lambda: target.copy_(source), lambda: None))
+        self.bandwidth = 8 * 2**28 / seconds
+        # The clock under load: that much work is still queued when nvidia-smi looks.
+        for _ in range(round(2 / seconds)):
+            target.copy_(source)
+        self.clock = float(nvidia_smi("clocks.sm")) * 1e6
+        torch.cuda.synchronize()
+        self.cycles = properties.multi_processor_count * self.clock
+
+    def row(self, elements: int, units: int, gain: bool) -> dict[str, float]:
+        # Two evaluations: a reciprocal square root and seven operations a unit, and a division
+        # for each step from one point to the next.
+        return {
+            "ceiling_memory": (16 if gain else 12) * elements / self.bandwidth,
+            "ceiling_special": (2 * units + 2) * elements / (16 * self.cycles),
+            "ceiling_fp32": (14 * units + 3) * elements / (128 * self.cycles),
+            "copy_bytes_per_second": self.bandwidth,
+            "clock": self.clock,
+        }
+
+
+def nvidia_smi(field: str) -> str:
+    """What nvidia-smi says of the first device."""
+    query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+def provenance(device: str) -> dict[str, Any]:
+    describe = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    git = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        # A copy of the tree without its history says so.
+        "revision": git or "unknown",
+        "driver": nvidia_smi("driver_version"),
+        "triton": triton.__version__,
+        **versions(device),
+    }
+
+
+def problems(options: argparse.Namespace, device: str) -> Iterator[tuple[Problem, int]]:
+    for units in options.units:
+        for n in options.sizes:
+            yield make_problem(f"n={n}", [(n,)], False, units, device), units
+        for model in options.models:
+            shapes = MODELS[model]()
+            if options.dry_run:  # the kinds of shapes of a network, not their sizes
+                shapes = [tuple(min(d, 3) for d in shape) for shape in shapes[:12]]
+            yield make_problem(model, shapes, True, units, device), units
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    integers = lambda text: [int(float(x)) for x in text.split(",")]  # noqa: E731
+    names = lambda text: [x for x in text.split(",") if x]  # noqa: E731
+    parser.add_argument("--sizes", type=integers, help="n, separated by commas")
+    parser.add_argument("--units", type=integers, help="K, separated by commas")
+    parser.add_argument("--models", type=names, default=list(MODELS), help=", ".join(MODELS))
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, interpreted, no rows")
+    options = parser.parse_args()
+    options.sizes = options.sizes or ([300] if options.dry_run else [10**k for k in range(4, 9)])
+    options.units = options.units or ([2] if options.dry_run else [4, 8, 16])
+    options.compile &= not options.dry_run
+    unknown = set(options.models) - set(MODELS)
+    if unknown:
+        parser.error(f"unknown models {', '.join(unknown)}: pass some of {', '.join(MODELS)}")
+    if not options.dry_run and not torch.cuda.is_available():
+        parser.error("no CUDA device: pass --dry-run to try the script without one")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    device = "cpu" if options.dry_run else "cuda:0"
+    timer = Timer(device, options.repeats)
+    about = {} if options.dry_run else provenance(device)
+    ceilings = None if options.dry_run else Ceilings(device, timer)
+    for problem, units in problems(options, device):
+        errors = {gain: check(problem, gain) for gain in (False, True)}
+        kept = [p.clone() for p in problem.params]
+        restore = partial(torch._foreach_copy_, problem.params, kept)
+        rows = []
+        for name, step, graphed in contenders(problem, units, options):
+            ways = {"eager": step}
+            if graphed and timer.cuda:
+                ways["graph"] = timer.graph(step)
+            for way, run in ways.items():
+                seconds = timer(run, restore)
+                cuts = statistics.quantiles(seconds, n=5)
+                row = {
+                    "case": problem.case, "elements": problem.elements,
+                    "tensors": len(problem.params), "units": units, "contender": name, "way": way,
+                    "seconds": statistics.median(seconds), "p20": cuts[0], "p80": cuts[3],
+                    "repeats": len(seconds),
+                }
+                if name.startswith("triton"):
+                    gain = name == "triton, gain"
+                    row["residual"] = errors[gain]
+                    if ceilings:
+                        row |= ceilings.row(problem.elements, units, gain)
+                rows.append(row | about)
+                print(described(row, options.dry_run), flush=True)
+        if not options.dry_run:
+            add_rows(NAME, rows)
+        del problem, kept, restore, rows
+
+
+def described(row: dict[str, Any], dry_run: bool) -> str:
+    line = f"{row['case']:>12} K={row['units']:<2} {row['contender']:15} {row['way']:5}"
+    if "residual" in row:
+        line += f" residual {row['residual']:.0e}"
+    if dry_run:  # the time of an interpreter says nothing
+        return line + " ran"
+    line += f" {row['seconds'] * 1e6:12.1f} us"
+    ceilings = [seconds for name, seconds in row.items() if name.startswith("ceiling_")]
+    if ceilings:
+        line += f", {max(ceilings) / row['seconds']:.0%} of the slowest ceiling"
+    return line
+
+
+if __name__ == "__main__":
+    main()

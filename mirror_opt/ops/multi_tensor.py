@@ -1,0 +1,136 @@
+"""The multi-tensor step: a list of parameters, in place, in one launch."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mirror_opt import backends
+from mirror_opt.errors import InputError
+from mirror_opt.reference import Units
+
+__all__ = ["separable_step_"]
+
+
+@torch.library.custom_op(
+    "mirror_opt::separable_step_", mutates_args=("params", "buffers", "duals", "status")
+)
+def _step_(
+    params: Sequence[Tensor], grads: Sequence[Tensor], lr: Tensor, gains: Sequence[Tensor],
+    ws: Sequence[Tensor], ss: Sequence[Tensor], cs: Sequence[Tensor], buffers: Sequence[Tensor],
+    anchors: Sequence[Tensor], duals: Sequence[Tensor], dual_inits: Sequence[Tensor],
+    grad_scale: Tensor | None, found_inf: Tensor | None, status: Tensor, momentum: float,
+    weight_decay: float, nesterov: bool, maximize: bool, primal: bool, sigma: str,
+) -> None:  # fmt: skip
+    if params:
+        module = backends.choose("step_", params[0], len(ws[0]), sigma)
+        module.step_(
+            params, grads, lr, gains, ws, ss, cs, buffers, anchors, duals, dual_inits, grad_scale,
+            found_inf, status, momentum, weight_decay, nesterov, maximize, primal, sigma,
+        )  # fmt: skip
+
+
+@_step_.register_fake
+def _(*args) -> None:
+    pass
+
+
+def separable_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    lr: float | Tensor,
+    gains: Sequence[Tensor],
+    units: Sequence[Units],
+    *,
+    primal: bool,
+    buffers: Sequence[Tensor] = (),
+    anchors: Sequence[Tensor] = (),
+    duals: Sequence[Tensor] = (),
+    dual_inits: Sequence[Tensor] = (),
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    status: Tensor | None = None,
+    sigma: str = "algebraic",
+) -> Tensor:
+    r"""The step of ``optim.MirrorDescent`` on a list of parameters, in place, in one launch.
+
+    With displacement u = phi - anchor and direction d (the gradient, or momentum),
+
+        stateless    z = grad h((1 - lr decay) phi - anchor)       dual state    z = zeta + z_0
+        z <- z - lr d,   phi <- anchor + grad h*(z),   zeta <- z - z_0
+
+    where grad h is S and grad h* its inverse (primal), or the other way round. With weight decay a
+    dual state takes z from the decayed, unrounded anchor + grad h*(z). An element whose result is
+    not finite in its dtype keeps parameter and state, and the status tells. Nothing is read back
+    from an accelerator. Empty lists stand for what there is not.
+
+    Args:
+        params: float32, bfloat16, float16 or float64, of any shape; float64 on the CPU only.
+        grads: shaped as the parameters.
+        lr: a number or a tensor with one element.
+        gains: shaped as the parameters, in the dtype of the coefficients; empty: 1.
+        units: coefficients ``(K, C)`` for each parameter, which is seen as ``(C, n)``; float32, or
+            float64 beside float64 parameters.
+        primal: whether S is grad h; else it is grad h*.
+        buffers: momentum b, changed; needed when ``momentum`` is not 0.
+        anchors: phi_0; empty: 0.
+        duals: zeta, in the dtype of the coefficients, changed; empty: a stateless step.
+        dual_inits: z_0, in the dtype of the coefficients; empty: 0.
+        momentum, nesterov, weight_decay, maximize: as in ``optim.MirrorDescent``.
+        grad_scale: one element, by which the gradients are divided.
+        found_inf: one element; unless it is 0 nothing changes.
+        status: 0-dim int32, raised to the worst ``newton.Status``; None: a new one.
+        sigma: a key of ``reference.SIGMAS``.
+
+    Returns:
+        The status.
+
+    Raises:
+        InputError: the lists do not fit each other, or the backend that was chosen by name does not
+            serve them. Nothing has changed then.
+    """
+    if (momentum != 0) != bool(buffers):
+        raise InputError(f"Invalid {momentum=}: pass buffers with a momentum, and none without")
+    lists = {"grads": grads, "gains": gains, "buffers": buffers, "anchors": anchors, "duals": duals,
+             "dual_inits": dual_inits, "units": units}  # fmt: skip
+    for name, tensors in lists.items():
+        if len(tensors) != len(params) and (tensors or name in ("grads", "units")):
+            raise InputError(f"{len(params)} params and {len(tensors)} {name}: pass one for each")
+        if name != "units":
+            for i, (x, p) in enumerate(zip(tensors, params, strict=False)):
+                if x.shape != p.shape:
+                    raise InputError(
+                        f"{name}[{i}] has shape {tuple(x.shape)}: pass that of params[{i}], "
+                        f"{tuple(p.shape)}"
+                    )
+    wide = [torch.promote_types(p.dtype, torch.float32) for p in params]
+    for i, (p, dtype, (w, s, c)) in enumerate(zip(params, wide, units, strict=True)):
+        if not w.shape == s.shape == c.shape or w.dim() != 2 or w.shape[0] != units[0].w.shape[0]:
+            shapes = [tuple(x.shape) for x in (w, s, c)]
+            raise InputError(f"units[{i}] has shapes {shapes}: pass (K, C) three times, one K")
+        if p.numel() % max(w.shape[1], 1):
+            raise InputError(
+                f"units[{i}] has {w.shape[1]} channels, which do not divide params[{i}] of shape "
+                f"{tuple(p.shape)}: pass (K, C) with a C that does"
+            )
+        for x in (w, s, c, *(xs[i] for xs in (gains, duals, dual_inits) if xs)):
+            if x.dtype != dtype or wide[0] != dtype:
+                raise InputError(
+                    f"coefficients and dual state of params[{i}] are {x.dtype}: pass {dtype} for "
+                    f"{p.dtype}, and float64 parameters in a list of their own"
+                )
+    device = params[0].device if params else None
+    if status is None:
+        status = torch.zeros((), dtype=torch.int32, device=device)
+    if not isinstance(lr, Tensor):
+        lr = torch.tensor(lr, dtype=torch.float64)  # on the CPU: read there, wherever params are
+    _step_(
+        params, grads, lr, gains, *map(list, zip(*units, strict=True)), buffers, anchors, duals,
+        dual_inits, grad_scale, found_inf, status, momentum, weight_decay, nesterov, maximize,
+        primal, sigma,
+    )  # fmt: skip
+    return status
