@@ -182,7 +182,7 @@ def _register(
 
 
 def _call(name: str, *args):
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return _FUNCTIONS[name].apply(*args)
     return _OPERATORS[name](*args)
 
@@ -277,7 +277,7 @@ def separable_step(
         z = separable_inverse(x, gain, units, sigma) - lr * g
         return separable_forward(z, gain, units, sigma)
     x, g, *coefficients = _aligned((x, g), gain, units)
-    lr = torch.as_tensor(lr, dtype=x.dtype, device=x.device).reshape(())
+    lr = lr.to(x).reshape(()) if isinstance(lr, Tensor) else x.new_tensor(lr)
     return _solved(*_call("separable_step", x, g, lr, *coefficients, sigma))
 
 
