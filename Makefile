@@ -26,7 +26,7 @@ test: lint
 	# One thread: the tensors are small, and the results are the same on every machine.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-# About five minutes on two cores; pictures, table and rows in runs/demo/.
+# A few minutes on two cores; pictures, table and rows in runs/demo/.
 demo: install
 	$(BIN)/mirror-opt compare --task glyphs --methods maml,meta-curvature,mirror \
 	    --iterations 150 --test-tasks 200 --queries 5 --adapt-steps 0,1,2,3,5,10 \

@@ -197,7 +197,8 @@ def stability() -> str:
         f"Sinusoid, trained at one inner step: query MSE, mean over {seeds} seeds and "
         f"{rows[0]['test_tasks']} tasks each."
     )
-    return f"{title}\n\n{table(head, body)}\n\n{circumstances(rows)}"
+    picture = "![Stability](docs/images/stability.png)"
+    return f"{picture}\n\n{title}\n\n{table(head, body)}\n\n{circumstances(rows)}"
 
 
 def draw_stability() -> None:
