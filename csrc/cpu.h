@@ -51,6 +51,7 @@ template <class T> struct Kernels {
   void (*inverse_backward)(const Map<T>&, const T* grad, const T* y, const Gradients<T>&,
                            int64_t begin, int64_t end);
   int (*step_)(const Entry<T>&, const Options<T>&, int64_t begin, int64_t end);
+  bool (*exceeds)(const Stored&, T bound, int64_t begin, int64_t end);  // or is NaN
 };
 
 struct InstructionSet {

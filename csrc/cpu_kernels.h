@@ -298,8 +298,17 @@ template <class T> int step_(const Entry<T>& entry, const Options<T>& options, i
   return worst;
 }
 
+// Whether some |x| is above the bound, or NaN.
+template <class T> bool exceeds(const Stored& x, T bound, int64_t begin, int64_t end) {
+  constexpr int64_t full = kLanes<T>;
+  auto bad = bound + Vec<T>{} < bound;
+  for (; begin + full <= end; begin += full) bad = bad | !(abs(read(T{}, x, begin, All{})) <= bound);
+  if (begin < end) bad = bad | !(abs(read(T{}, x, begin, (int)(end - begin))) <= bound);
+  return any(bad);
+}
+
 template <class T> constexpr Kernels<T> table() {
-  return {forward<T>, inverse<T>, step<T>, backward<false, T>, backward<true, T>, step_<T>};
+  return {forward<T>, inverse<T>, step<T>, backward<false, T>, backward<true, T>, step_<T>, exceeds<T>};
 }
 
 }  // namespace

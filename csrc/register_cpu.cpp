@@ -201,6 +201,20 @@ int64_t step_(Tensors params, Tensors grads, Tensors gains, Tensors w, Tensors s
   });
 }
 
+bool exceeds(Tensors xs, double bound) {
+  for (const Tensor& x : xs) {
+    const bool found = with_dtype(x, [&](auto type) {
+      using T = decltype(type);
+      const Stored stored{x.mutable_data_ptr(), storage(x)};
+      return worst(x.numel(), [&](int64_t begin, int64_t end) {
+        return kernels<T>().exceeds(stored, static_cast<T>(bound), begin, end) ? 1 : 0;
+      }) != 0;
+    });
+    if (found) return true;
+  }
+  return false;
+}
+
 // The instruction set in use; a name that this processor supports selects it.
 std::string instruction_set(std::string name) {
   for (const InstructionSet* set : supported()) {
@@ -224,6 +238,7 @@ STABLE_TORCH_LIBRARY(mirror_opt_cpu, m) {
       "step_(Tensor(a!)[] params, Tensor[] grads, Tensor[] gains, Tensor[] w, Tensor[] s, Tensor[] c,"
       " Tensor(b!)[] buffers, Tensor[] anchors, Tensor(c!)[] duals, Tensor[] dual_inits, float lr,"
       " float momentum, float decay, float scale, bool nesterov, bool primal) -> int");
+  m.def("exceeds(Tensor[] xs, float bound) -> bool");
   m.def("instruction_set(str name) -> str");
 }
 
@@ -233,6 +248,7 @@ STABLE_TORCH_LIBRARY_IMPL(mirror_opt_cpu, CPU, m) {
   m.impl("step", TORCH_BOX(&step));
   m.impl("backward", TORCH_BOX(&backward));
   m.impl("step_", TORCH_BOX(&step_));
+  m.impl("exceeds", TORCH_BOX(&exceeds));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mirror_opt_cpu, CompositeExplicitAutograd, m) {

@@ -15,7 +15,11 @@ from mirror_opt import reference
 from mirror_opt.ops import separable_forward, separable_inverse, separable_step
 from mirror_opt.reference import SIGMAS, Units
 
-pytestmark = pytest.mark.usefixtures("each_implementation")
+pytestmark = [
+    pytest.mark.usefixtures("each_implementation"),
+    # torch's compiler imports modules of its own that torch deprecates.
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
 
 SHAPES = {
     "channels": ((2, 3), (2, 3), (2, 1)),

@@ -121,8 +121,9 @@ def test_steps_are_those_without_autograd():
         p = leaf.clone() if differentiable else leaf
         mirror_map = learned("separable", [p], {})
         optimizer = MirrorDescent(
-            [p], lr=0.1, mirror_map=mirror_map, momentum=0.9, differentiable=differentiable
-        )
+            [p], lr=0.1, mirror_map=mirror_map, momentum=0.9, differentiable=differentiable,
+            fused=False,
+        )  # fmt: skip
         for _ in range(3):
             p.grad = torch.cos(p.detach())
             optimizer.step()

@@ -12,6 +12,7 @@ __all__ = [
     "DEVICES",
     "backward",
     "describe",
+    "exceeds",
     "forward",
     "inverse",
     "refusal",
@@ -23,6 +24,7 @@ __all__ = [
 DEVICES = ("cpu",)
 
 _MAX_UNITS = 64  # kMaxUnits
+_STORED = ("step_", "exceeds")  # operators that compute in float32 what is stored in less
 _CHANGED = (0, 6, 8)  # of the lists of step_: parameters, momentum, dual state
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -41,7 +43,7 @@ def refusal(operator: str, x: Tensor, units: int, sigma: str) -> str | None:
     """Why these operands are not served; None if they are."""
     if x.device.type != "cpu":
         return f"it runs on the CPU and got a tensor on {x.device}"
-    dtypes = (torch.float32, torch.float64, *(_HALF if operator == "step_" else ()))
+    dtypes = (torch.float32, torch.float64, *(_HALF if operator in _STORED else ()))
     if x.dtype not in dtypes:
         return f"it takes {', '.join(map(str, dtypes))} and got {x.dtype}"
     if sigma != "algebraic":
@@ -95,6 +97,11 @@ def step_(
             if new is not old:
                 old.copy_(new)
     status.clamp_(min=worst)
+
+
+def exceeds(xs: Sequence[Tensor], bound: float) -> Tensor:
+    xs = [x if x.is_contiguous() else x.contiguous() for x in xs]
+    return torch.tensor(float(torch.ops.mirror_opt_cpu.exceeds(xs, bound)))
 
 
 def backward(

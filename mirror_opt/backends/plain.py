@@ -15,6 +15,7 @@ __all__ = [
     "DEVICES",
     "backward",
     "describe",
+    "exceeds",
     "forward",
     "inverse",
     "refusal",
@@ -101,6 +102,12 @@ def step_(
         status.copy_(torch.where(go, torch.maximum(status, worst), status))
         for old, x in new:
             old.copy_(torch.where(good & go, x, old))
+
+
+def exceeds(xs: Sequence[Tensor], bound: float) -> Tensor:
+    """1 if some ``|x|`` is above the bound or NaN, else 0: 0-dim float32."""
+    norms = torch._foreach_norm(xs, ord=math.inf)
+    return (~(torch.stack([x.to(torch.float32) for x in norms]) <= bound)).any().float()
 
 
 def backward(

@@ -9,7 +9,7 @@ from mirror_opt import backends
 from mirror_opt.errors import InputError
 from mirror_opt.reference import Units
 
-__all__ = ["separable_step_"]
+__all__ = ["exceeds", "separable_step_"]
 
 
 @torch.library.custom_op(
@@ -33,6 +33,28 @@ def _step_(
 @_step_.register_fake
 def _(*args) -> None:
     pass
+
+
+@torch.library.custom_op("mirror_opt::exceeds", mutates_args=())
+def _exceeds(xs: Sequence[Tensor], bound: float) -> Tensor:
+    return backends.choose("exceeds", xs[0], 0, "algebraic").exceeds(xs, bound)
+
+
+@_exceeds.register_fake
+def _(xs: Sequence[Tensor], bound: float) -> Tensor:
+    return xs[0].new_empty((), dtype=torch.float32)
+
+
+def exceeds(xs: Sequence[Tensor], bound: float) -> Tensor:
+    """1 if the magnitude of some entry is above the bound, or NaN, else 0: 0-dim float32.
+
+    In the form of ``found_inf``, and on the device of the first tensor, without reading it back.
+
+    Args:
+        xs: one or more floating tensors.
+        bound: less than 1e38.
+    """
+    return _exceeds(xs, bound)
 
 
 def separable_step_(

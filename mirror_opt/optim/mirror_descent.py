@@ -1,8 +1,9 @@
 """MirrorDescent: the optimizer around the update, with its state and its checkpoints."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
 from mirror_opt.errors import InputError
 from mirror_opt.maps import Euclidean, MirrorMap
-from mirror_opt.newton import NewtonError
+from mirror_opt.newton import NewtonError, Status
 from mirror_opt.optim.checkpoint import adopt, hide_state, pack_maps
+from mirror_opt.optim.fused import FusedStep, fused_step
 from mirror_opt.optim.options import (
     RUN_OPTIONS,
     Group,
@@ -59,6 +61,11 @@ class MirrorDescent(Optimizer):
     step is not compiled, else ``"skip"``. A Newton solve that fails has no result to store: its
     NewtonError (both errors are ArithmeticError) comes through unless the step is skipped.
 
+    **Fused.** For ``maps.SeparableNeural`` a step is one pass over memory, in place, by the backend
+    that ``mirror_opt.use_backend`` chooses. Where it could fail (a magnitude beyond 1e15, and
+    float16 always) the step is taken unfused; on an accelerator, where asking would synchronise, it
+    is skipped, or with ``"propagate"`` taken except for the elements that fail.
+
     **Differentiating through steps.** With ``differentiable=True`` gradients flow to the initial
     parameters, to earlier gradients, to a tensor ``lr`` and to the parameters of the map; pass
     non-leaf parameters (``p.clone()``). Else the step is outside autograd. The parameters of the
@@ -79,6 +86,8 @@ class MirrorDescent(Optimizer):
         dual_state: keep zeta. None: where grad h needs a solve (``forward_is_closed`` is False).
         anchor: ``"init"``, ``"zero"``, or ``"auto"``: init for an anchored map, zero for another.
         foreach: use multi-tensor kernels. None: when all parameters are on an accelerator.
+        fused: take fused steps. None: where there are any, unless ``foreach`` is given or the step
+            is compiled. True: an InputError where there are none.
         differentiable: let autograd record the steps.
         nonfinite: ``"raise"``, ``"skip"``, ``"propagate"`` or None, see above.
 
@@ -108,6 +117,7 @@ class MirrorDescent(Optimizer):
         dual_state: bool | None = None,
         anchor: str = "auto",
         foreach: bool | None = None,
+        fused: bool | None = None,
         differentiable: bool = False,
         nonfinite: str | None = None,
     ):
@@ -121,6 +131,7 @@ class MirrorDescent(Optimizer):
             "dual_state": dual_state,
             "anchor": anchor,
             "foreach": foreach,
+            "fused": fused,
             "differentiable": differentiable,
             "nonfinite": nonfinite,
         }
@@ -165,7 +176,10 @@ class MirrorDescent(Optimizer):
     def _step(self) -> None:
         policy = self._nonfinite_policy()
         try:
-            plans = [self._plan(group) for group in self.param_groups]
+            lists = [self._collect(group) for group in self.param_groups]
+            lists = [x for x in lists if x.params]
+            fused, found_inf = self._fused_steps(lists, policy)
+            plans = [self._plan(x) for x, step in zip(lists, fused, strict=True) if step is None]
         except NewtonError as error:
             if policy == "skip":
                 return
@@ -173,7 +187,6 @@ class MirrorDescent(Optimizer):
             if cause is not None:
                 raise FloatingPointError(cause) from error
             raise
-        plans = [plan for plan in plans if plan is not None]
         keep = None
         if plans and policy != "propagate":
             keep = all_finite([t for plan in plans for t in plan.outcome()])
@@ -187,6 +200,31 @@ class MirrorDescent(Optimizer):
                 keep = None
         for plan in plans:
             self._commit(plan, keep)
+        if keep is not None and any(fused):
+            stop = (~keep).float()
+            found_inf = stop if found_inf is None else torch.maximum(found_inf, stop.to(found_inf))
+        for step in filter(None, fused):
+            status = step.take(found_inf)
+            if status not in (None, Status.CONVERGED):
+                raise NewtonError(status)
+
+    def _fused_steps(
+        self, lists: list["_Lists"], policy: str
+    ) -> tuple[list[FusedStep | None], Tensor | None]:
+        """The fused step of each group that has one, and the ``found_inf`` that stops them all."""
+        if self.defaults["differentiable"]:
+            return [None] * len(lists), None
+        fused = [fused_step(*x) for x in lists]
+        steps = [step for step in fused if step is not None]
+        elsewhere = torch.compiler.is_compiling() or any(step.on_accelerator for step in steps)
+        if not steps or (elsewhere and policy == "propagate"):
+            return fused, None
+        flags = [step.found_inf() for step in steps]
+        found_inf = functools.reduce(torch.maximum, (flag.to(flags[0]) for flag in flags))
+        if elsewhere:
+            return fused, found_inf
+        # Where a step could fail, take the one that can be undone.
+        return ([None] * len(lists) if found_inf else fused), None
 
     def _nonfinite_policy(self) -> str:
         if self.defaults["nonfinite"] is not None:
@@ -252,18 +290,15 @@ class MirrorDescent(Optimizer):
             else:
                 state["dual"], state["dual_init"] = torch.zeros_like(z), z
 
-    def _plan(self, group: Group) -> "_Plan | None":
-        """The group's step before it is taken; None if there are no gradients."""
-        params: Tensors = []
-        grads: Tensors = []
-        buffers: Tensors = []
-        anchors: Tensors = []
-        dual_inits: Tensors = []
-        duals: Tensors = []
+    def _collect(self, group: Group) -> "_Lists":
+        lists: tuple[list, ...] = ([], [], [], [], [], [])
         slots: list[int] = []
-        self._init_group(group, params, grads, buffers, anchors, dual_inits, duals, slots)
-        if not params:
-            return None
+        self._init_group(group, *lists, slots)
+        return _Lists(group, slots, *lists)
+
+    def _plan(self, lists: "_Lists") -> "_Plan":
+        """A group's step before it is taken."""
+        group, slots, params, grads, buffers, anchors, dual_inits, duals = lists
         differentiable = self.defaults["differentiable"]
         if differentiable and any(p.is_leaf and p.requires_grad for p in params):
             raise InputError(
@@ -352,11 +387,25 @@ class MirrorDescent(Optimizer):
             group.setdefault("dual_state", None)
             group.setdefault("anchor", "auto")
             group.setdefault("foreach", None)
+            group.setdefault("fused", None)
             for name in RUN_OPTIONS:
                 group[name] = defaults[name]
         if loading:
             adopt(self.param_groups, state["param_groups"], state["state"])
         super().__setstate__(state)
+
+
+class _Lists(NamedTuple):
+    """What a step of a group reads, one entry for each parameter that has a gradient."""
+
+    group: Group
+    slots: list[int]
+    params: Tensors
+    grads: Tensors
+    buffers: Tensors
+    anchors: Tensors
+    dual_inits: Tensors
+    duals: Tensors
 
 
 @dataclass(frozen=True)

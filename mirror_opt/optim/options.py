@@ -33,6 +33,7 @@ _CHOICES: dict[str, tuple] = {
     "dual_state": (True, False, None),
     "anchor": ("auto", "init", "zero"),
     "foreach": (True, False, None),
+    "fused": (True, False, None),
     "differentiable": (True, False),
     "nonfinite": ("raise", "skip", "propagate", None),
 }
@@ -80,6 +81,9 @@ def check_options(options: Group) -> None:
         raise InputError("Invalid nesterov=True with momentum=0: pass a momentum in (0, 1)")
     if options["foreach"] and options["differentiable"]:
         raise InputError("Invalid foreach=True with differentiable=True: pass foreach=False")
+    if options["fused"] and (options["foreach"] or options["differentiable"]):
+        other = "foreach" if options["foreach"] else "differentiable"
+        raise InputError(f"Invalid fused=True with {other}=True: pass one of them")
     if not isinstance(options["mirror_map"], MirrorMap):
         raise InputError(
             f"Invalid mirror_map={options['mirror_map']!r}: pass an instance of a map in "

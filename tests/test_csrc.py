@@ -1,0 +1,70 @@
+"""The build of the compiled libraries: what it makes, and how it goes on without."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mirror_opt.backends import cpp, library
+
+ROOT = Path(__file__).parents[1]
+
+needs_sources = pytest.mark.skipif(
+    not (ROOT / "csrc").is_dir(), reason="the sources are not beside the tests"
+)
+
+
+def build(tmp_path, **environment):
+    """What a build of the libraries leaves in its package folder, and its report."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib"),
+               "--build-temp", str(tmp_path / "temp")]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=True,
+                   capture_output=True)  # fmt: skip
+    folder = tmp_path / "lib" / "mirror_opt" / "lib"
+    return folder, json.loads((folder / "build.json").read_text())
+
+
+@needs_sources
+def test_the_build_can_be_switched_off(tmp_path):
+    folder, report = build(tmp_path, MIRROR_OPT_BUILD_EXT="0")
+    assert report["cpu"] == "it was not built: MIRROR_OPT_BUILD_EXT=0"
+    assert not list(folder.glob("*.so"))
+
+
+@needs_sources
+def test_the_build_goes_on_without_a_compiler(tmp_path):
+    folder, report = build(tmp_path, CC="no-such-compiler", CXX="no-such-compiler")
+    assert re.match(r"it could not be built: .*no-such-compiler", report["cpu"])
+    assert not list(folder.glob("*.so"))
+
+
+@pytest.mark.skipif(cpp.unavailable() is not None, reason="the CPU library is not built")
+class TestLibrary:
+    path = library._FOLDER / "libmirror_opt_cpu.so"
+
+    @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+    def test_it_needs_the_stable_abi_only(self):
+        names = subprocess.run(
+            ["nm", "-D", "--undefined-only", self.path], check=True, capture_output=True, text=True
+        ).stdout.split()
+        # Symbols of C++ libraries are mangled with their namespaces.
+        assert not [name for name in names if re.match(r"_?Py|_ZN?K?(2at|3c10|5torch)", name)]
+        assert [name for name in names if name.startswith("aoti_torch_")]
+
+    def test_instruction_sets_are_chosen_at_run_time(self):
+        select = torch.ops.mirror_opt_cpu.instruction_set
+        best = select("")
+        assert best in ("portable", "avx2", "avx512")
+        try:
+            assert select("portable") == "portable"
+            assert cpp.describe() == "CPU, portable"
+            assert select("no such set") == "portable"
+            assert select(best) == best
+        finally:
+            select(best)

@@ -1,0 +1,180 @@
+"""MirrorDescent's fused steps: those of the unfused path, and when they are taken."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from optim_cases import descend, learned, snapshot, start
+
+from mirror_opt import backends, maps
+from mirror_opt.errors import InputError
+from mirror_opt.optim import MirrorDescent, fused
+
+pytestmark = pytest.mark.skipif(
+    backends.cpp.unavailable() is not None, reason="the CPU library is not built"
+)
+
+VARIANTS = [v for v in maps.SeparableNeural.variants if v.get("sigma", "algebraic") == "algebraic"]
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The fused steps that were taken."""
+    steps = []
+    take = fused.FusedStep.take
+
+    def record(self, found_inf):
+        steps.append(self)
+        return take(self, found_inf)
+
+    monkeypatch.setattr(fused.FusedStep, "take", record)
+    return steps
+
+
+def pair(dtype=torch.float32, variant=None, **options):
+    """Two equal optimizers on equal parameters: fused, and not."""
+    for choice in (True, False):
+        params = start("separable", {}, dtype)
+        mirror_map = learned("separable", params, variant or {})
+        yield params, MirrorDescent(params, 0.1, mirror_map, fused=choice, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_fused_steps_are_those_of_the_unfused_path(variant, dtype, taken):
+    choices = itertools.product((None, False, True), ("auto", "zero"), (0, 0.1), (False, True))
+    for dual_state, anchor, weight_decay, maximize in choices:
+        optimizers = []
+        for params, optimizer in pair(
+            dtype, variant, dual_state=dual_state, anchor=anchor, momentum=0.9, nesterov=True,
+            weight_decay=weight_decay, maximize=maximize,
+        ):  # fmt: skip
+            descend(optimizer, params, 3)
+            optimizers.append(optimizer)
+        fused_state, state = (snapshot(o) for o in optimizers)
+        for x, y in zip(fused_state, state, strict=True):
+            assert x.dtype == y.dtype
+            eps = torch.finfo(x.dtype).eps
+            wide = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+            assert ((x - y).abs() <= 2 * eps * y.abs() + 300 * wide).all()
+    assert len(taken) == 3 * 24
+
+
+def test_fused_by_default_unless_foreach_is_given_or_the_sigma_is_another(taken):
+    for options in ({}, {"fused": None}, {"foreach": True}, {"foreach": False}, {"fused": False}):
+        params = start("separable", {}, torch.float32)
+        descend(MirrorDescent(params, 0.1, maps.SeparableNeural(params), **options), params, 1)
+    assert len(taken) == 2
+    params = start("separable", {}, torch.float32)
+    descend(MirrorDescent(params, 0.1, maps.SeparableNeural(params, sigma="tanh")), params, 1)
+    with backends.use_backend("torch"):
+        descend(MirrorDescent(params, 0.1, maps.SeparableNeural(params)), params, 1)
+    assert len(taken) == 2
+
+
+def test_a_fused_step_that_there_is_not_is_refused():
+    def refused(message, params, mirror_map=None, **options):
+        optimizer = MirrorDescent(params, 0.1, mirror_map, fused=True, **options)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        before = snapshot(optimizer)[: len(params)]
+        with pytest.raises(InputError, match=f"fused=True cannot be served: {message}"):
+            optimizer.step()
+        assert all(torch.equal(p, x) for p, x in zip(params, before, strict=True))
+
+    params = start("separable", {}, torch.float32)
+    refused("there is a fused step for SeparableNeural, not for Euclidean", params)
+    refused("no fast backend serves .*, tanh", params, maps.SeparableNeural(params, sigma="tanh"))
+    mixed = [params[0], params[1].detach().double().requires_grad_()]
+    refused("float64 and other parameters", mixed, maps.SeparableNeural(mixed))
+    with backends.use_backend("torch"):
+        refused("no fast backend serves", params, maps.SeparableNeural(params))
+    with pytest.raises(InputError, match="Invalid fused=True with foreach=True"):
+        MirrorDescent(params, fused=True, foreach=True)
+    with pytest.raises(InputError, match="Invalid fused=True with differentiable=True"):
+        MirrorDescent(params, fused=True, differentiable=True)
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip", "propagate"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e38])
+def test_what_could_fail_is_not_fused(policy, bad, taken):
+    ends = []
+    for params, optimizer in pair(nonfinite=policy, momentum=0.9):
+        descend(optimizer, params, 1)
+        params[1].grad[1] = bad
+        try:
+            optimizer.step()
+        except FloatingPointError as error:
+            ends.append(str(error))
+        ends.append([x.nan_to_num(7.0) for x in snapshot(optimizer)])
+    assert len(taken) == 1
+    half = len(ends) // 2
+    if half == 2:
+        assert ends[0] == ends[2]
+    for x, y in zip(ends[half - 1], ends[-1], strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_float16_is_not_fused_where_it_could_overflow(taken):
+    for params, optimizer in pair(torch.float16):
+        descend(optimizer, params, 2)
+    assert not taken
+
+
+def test_coefficients_are_computed_again_when_the_map_has_changed(taken):
+    ends = []
+    for params, optimizer in pair():
+        mirror_map = optimizer.param_groups[0]["mirror_map"]
+        descend(optimizer, params, 2)
+        with torch.no_grad():
+            mirror_map.tensors[0].p.add_(0.5)
+        descend(optimizer, params, 2)
+        mirror_map.tensors[1].a = torch.nn.Parameter(mirror_map.tensors[1].a + 0.3)
+        descend(optimizer, params, 2)
+        mirror_map.load_state_dict({k: v * 0.9 for k, v in mirror_map.state_dict().items()})
+        descend(optimizer, params, 2)
+        ends.append(snapshot(optimizer))
+    assert len(taken) == 8
+    first, *others = (id(step.coefficients) for step in taken)
+    assert [x == first for x in others] == [True, *[False] * 6]
+    for x, y in zip(*ends, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_groups_step_together_or_not_at_all(taken):
+    params = [torch.ones(4, requires_grad=True), torch.ones(3, requires_grad=True)]
+    optimizer = MirrorDescent(
+        [{"params": params[:1], "mirror_map": maps.SeparableNeural(params[:1])},
+         {"params": params[1:]}], lr=0.1,
+    )  # fmt: skip
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert len(taken) == 1
+    assert all((p == 0.9).all() for p in params)
+    params[1].grad[0] = math.nan
+    before = snapshot(optimizer)
+    with pytest.raises(FloatingPointError):
+        optimizer.step()
+    assert all(torch.equal(x, y) for x, y in zip(before, snapshot(optimizer), strict=True))
+
+
+# torch's compiler imports modules of its own that torch deprecates.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_compiled_fused_step():
+    ends = []
+    for compiled in (False, True):
+        params, optimizer = next(pair(momentum=0.9, nonfinite="skip"))
+        step = optimizer.step
+        if compiled:
+            torch._dynamo.reset()
+            step = torch.compile(step, fullgraph=True, backend="aot_eager")
+        for bad in (False, False, True, False):
+            for p in params:
+                p.grad = torch.cos(p.detach())
+            if bad:
+                params[0].grad[0] = math.nan
+            step()
+        ends.append(snapshot(optimizer))
+    assert all(torch.equal(x, y) for x, y in zip(*ends, strict=True))
