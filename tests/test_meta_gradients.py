@@ -24,6 +24,33 @@ def batch_norm_net() -> nn.Module:
     ).double()
 
 
+class CallsBatchNorm(nn.Module):
+    """Normalises by the batch without a module that says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 4), nn.Linear(4, 1)
+        self.scale, self.shift = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        h = F.batch_norm(self.first(x), None, None, self.scale, self.shift, training=True)
+        return self.last(h.tanh())
+
+
+def batch_norm_call_net() -> nn.Module:
+    torch.manual_seed(0)
+    return CallsBatchNorm().double()
+
+
+def other_norms_net() -> nn.Module:
+    torch.manual_seed(0)
+    instance = nn.Sequential(
+        nn.Linear(2, 4), nn.Unflatten(1, (2, 2)), nn.InstanceNorm1d(2, affine=True), nn.Flatten()
+    )
+    rest = (nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 4), nn.GroupNorm(2, 4), nn.Linear(4, 1))
+    return nn.Sequential(*instance, *rest).double()
+
+
 def tasks(n: int = 6):
     torch.manual_seed(1)
     return tuple(torch.randn(TASKS, n, d, dtype=torch.float64) for d in (2, 1, 2, 1))
@@ -78,7 +105,7 @@ def test_maml_equals_a_hand_written_unroll(engine, first_order, steps):
 
 
 @pytest.mark.parametrize("name", sorted(n for n, c in maps.REGISTRY.items() if c.domain == "reals"))
-@pytest.mark.parametrize("net", [mlp, batch_norm_net])
+@pytest.mark.parametrize("net", [mlp, batch_norm_net, batch_norm_call_net, other_norms_net])
 def test_engines_agree(name, net):
     gradients = []
     for engine in ("loop", "vmap"):

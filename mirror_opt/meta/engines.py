@@ -4,10 +4,9 @@ r"""How a batch of tasks is run: one after the other, or all at once.
 convolutions, which ``vmap`` turns into slow grouped ones. ``vmap`` runs them as one batched
 computation: the best choice for small networks and on a GPU.
 
-With ``vmap`` the meta-gradient must be taken INSIDE it: the gradient OVER ``vmap`` of a network
-with ``batch_norm(training=True)`` is silently wrong at second order (PyTorch, at least to 2.13). So
-the vmap engine computes each task's meta-gradient on the spot and hands it out when ``backward`` is
-called (``_Precomputed``).
+With ``vmap`` the meta-gradient is best taken OVER it, by autograd through one batched graph. Where
+that would be wrong (``meta.batch_statistics``) it is taken INSIDE: each task's meta-gradient is
+computed on the spot and handed out when ``backward`` is called (``_Precomputed``).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,34 +15,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from mirror_opt.errors import InputError
 from mirror_opt.maps.base import MirrorMap
+from mirror_opt.meta.batch_statistics import BatchStatisticsError, batch_norms
 from mirror_opt.meta.inner import InnerLoop
 
-__all__ = ["ENGINES", "choose_engine", "has_batch_statistics", "map_tasks", "mean_loss"]
+__all__ = ["ENGINES", "choose_engine", "map_tasks", "mean_loss"]
 
 ENGINES = ("loop", "vmap")
 
 TaskFn = Callable[..., Any]  # (inner, *task tensors) -> nested tensors
 
 
-def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
-
-
-def has_batch_statistics(model: nn.Module) -> bool:
-    """Whether some batch norm of the model normalises by the statistics of the batch."""
-    return any(m.training or not m.track_running_stats for m in _batch_norms(model))
-
-
 def choose_engine(engine: str, model: nn.Module, mirror_map: MirrorMap) -> str:
     """Resolves ``"auto"``, and raises InputError for an engine that cannot serve model or map."""
     if engine not in ("auto", *ENGINES):
         raise InputError(f"Invalid {engine=}: pass 'auto', 'loop' or 'vmap'")
-    updates_buffers = any(m.training and m.track_running_stats for m in _batch_norms(model))
+    updates_buffers = any(m.training and m.track_running_stats for m in batch_norms(model))
     if engine == "vmap" and updates_buffers:
         raise InputError(
             "engine='vmap' cannot update the running statistics of batch norm: build the model "
@@ -97,27 +87,50 @@ def mean_loss(
     """The mean over tasks of a loss, differentiable in everything that ``inner`` holds.
 
     Args:
-        function: returns ``(query loss, support losses)`` of one task.
+        function: returns ``(query loss, support losses)`` of one task; of all of them with a
+            leading dimension T where ``inner`` is batched.
         skip: leave tasks with a non-finite loss out of the mean, instead of letting them spoil it.
 
     Returns:
         The mean, 0-dim; the query losses ``(T,)``; the support losses ``(T, K)``.
     """
-
-    def finite(query: Tensor, support: Tensor) -> Tensor:
-        ok = torch.isfinite(query) & torch.isfinite(support).all(-1)
-        return ok if skip else torch.ones_like(ok)
-
     if engine == "loop":
-        runs = [function(inner, *task) for task in zip(*tasks, strict=True)]
-        # A task that is left out must not be reached by backward at all: zero times its infinite
-        # derivatives would be NaN.
-        kept = [query for query, support in runs if finite(query, support)]
-        query, support = (torch.stack(x).detach() for x in zip(*runs, strict=True))
-        return torch.stack(kept).mean() if kept else query.mean(), query, support
+        return _looped(function, inner, tasks, skip)
+    try:
+        return _over_vmap(function, inner, tasks, skip)
+    except BatchStatisticsError:
+        return _inside_vmap(function, inner, tasks, skip)
+
+
+def _kept(query: Tensor, support: Tensor, skip: bool) -> Tensor:
+    """Which tasks count: a bool for each."""
+    ok = torch.isfinite(query) & torch.isfinite(support).all(-1)
+    return ok if skip else torch.ones_like(ok)
+
+
+def _looped(function: TaskFn, inner: InnerLoop, tasks: Sequence[Tensor], skip: bool):
+    runs = [function(inner, *task) for task in zip(*tasks, strict=True)]
+    # A task that is left out must not be reached by backward at all: zero times its infinite
+    # derivatives would be NaN.
+    kept = [query for query, support in runs if _kept(query, support, skip)]
+    query, support = (torch.stack(x).detach() for x in zip(*runs, strict=True))
+    return torch.stack(kept).mean() if kept else query.mean(), query, support
+
+
+def _over_vmap(function: TaskFn, inner: InnerLoop, tasks: Sequence[Tensor], skip: bool):
+    batched = replace(inner, differentiation="batched")
+    query, support = function(batched, *tasks)
+    keep = _kept(query, support, skip)
+    kept = query
+    if skip and not bool(keep.all()) and bool(keep.any()):
+        kept, _ = function(batched, *(x[keep] for x in tasks))  # as in _looped: without the others
+    return kept.mean(), query.detach(), support.detach()
+
+
+def _inside_vmap(function: TaskFn, inner: InnerLoop, tasks: Sequence[Tensor], skip: bool):
     if not torch.is_grad_enabled():
-        query, support = map_tasks(engine, function, inner, tasks)
-        return query[finite(query, support)].mean(), query, support
+        query, support = map_tasks("vmap", function, inner, tasks)
+        return query[_kept(query, support, skip)].mean(), query, support
 
     # All that a run depends on, as a flat list: tensors to differentiate, the rest to pass along.
     leaves, spec = pytree.tree_flatten((inner.init, inner.frozen, inner.coefficients, inner.rates))
@@ -137,7 +150,7 @@ def mean_loss(
     with torch.no_grad():
         values = tuple(leaves[i].detach() for i in wanted)
         gradients, (query, support) = batched(values, *tasks)
-        keep = finite(query, support)
+        keep = _kept(query, support, skip)
         count = keep.sum()
         means = [
             torch.where(keep.reshape(-1, *[1] * (g.dim() - 1)), g, 0).sum(0) / count

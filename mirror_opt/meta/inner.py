@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mirror_opt.maps.base import MirrorMap, dot
+from mirror_opt.meta.batch_statistics import RefuseBatchStatistics
 
 __all__ = ["InnerLoop", "Step"]
 
@@ -19,7 +20,8 @@ class Step(NamedTuple):
 
     Attributes:
         params: the adapted parameters after the step.
-        loss: support loss before the step, 0-dim.
+        loss: support loss before the step, 0-dim (for a batch of tasks, this and all that follow
+            are ``(T,)``).
         slope: <g, phi_new - phi>, 0-dim: the first-order change of the loss, positive when the
             step went uphill; None unless asked for.
         accepted: whether the step was taken, 0-dim bool; None without a guard.
@@ -51,7 +53,9 @@ class InnerLoop:
         coefficients: ``mirror_map.coefficients()``, computed once for all tasks and steps.
         rates: ``(K,)`` step sizes; later steps use the last.
         horizon: K, the number of steps that the meta-parameters were trained for.
-        functional: take gradients by ``torch.func``, as ``vmap`` needs, instead of by autograd.
+        differentiation: how support gradients are taken: ``"autograd"``; ``"func"``, by
+            ``torch.func``, as within ``vmap``; or ``"batched"``, by autograd for a batch of tasks
+            at once, whose parameters, losses, x and y have a leading dimension T.
     """
 
     model: nn.Module
@@ -62,7 +66,7 @@ class InnerLoop:
     coefficients: Any
     rates: Tensor
     horizon: int
-    functional: bool
+    differentiation: str
 
     def predict(self, params: Sequence[Tensor], x: Tensor) -> Tensor:
         """The network's output for adapted parameters."""
@@ -74,6 +78,23 @@ class InnerLoop:
         }
         named = {**frozen, **dict(zip(self.names, params, strict=True))}
         return torch.func.functional_call(self.model, named, (x,))
+
+    def loss(self, loss_fn: LossFn, params: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
+        """The loss at adapted parameters: 0-dim, or ``(T,)`` for a batch of tasks."""
+
+        def one(params: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
+            return loss_fn(self.predict(params, x), y)
+
+        if self.differentiation == "batched":
+            with RefuseBatchStatistics():
+                return self._each(one, params, x, y)
+        return one(params, x, y)
+
+    def _each(self, function: Callable, *args: Any) -> Any:
+        """The function of one task, for a batch of tasks where there is one."""
+        if self.differentiation == "batched":
+            return torch.func.vmap(function, randomness="different")(*args)
+        return function(*args)
 
     def rate(self, step: int) -> Tensor:
         """alpha of a step, counted from 0."""
@@ -87,29 +108,31 @@ class InnerLoop:
 
     def primal(self, zeta: Sequence[Tensor], start: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
         """phi for a displacement zeta of the dual."""
-        if start is None:
-            delta = self.mirror_map.inverse(zeta, self.coefficients)
-            return tuple(p + d for p, d in zip(self.init, delta, strict=True))
-        moved = [z + d for z, d in zip(start, zeta, strict=True)]
-        return self.mirror_map.inverse(moved, self.coefficients)
+
+        def one(zeta: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            if start is None:
+                delta = self.mirror_map.inverse(zeta, self.coefficients)
+                return tuple(p + d for p, d in zip(self.init, delta, strict=True))
+            moved = [z + d for z, d in zip(start, zeta, strict=True)]
+            return self.mirror_map.inverse(moved, self.coefficients)
+
+        return self._each(one, tuple(zeta))
 
     def gradient(
         self, params: Sequence[Tensor], loss_fn: LossFn, x: Tensor, y: Tensor
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """The support gradient and the support loss at ``params``; constants under ``no_grad``."""
 
-        def loss(params: tuple[Tensor, ...]) -> Tensor:
-            return loss_fn(self.predict(params, x), y)
-
-        if self.functional:
-            return torch.func.grad_and_value(loss)(tuple(params))
+        if self.differentiation == "func":
+            one = torch.func.grad_and_value(lambda params: self.loss(loss_fn, params, x, y))
+            return one(tuple(params))
         # Outside vmap plain autograd is cheaper: no dispatch of transforms around every operation.
         tracked = torch.is_grad_enabled()
         with torch.enable_grad():
             at = params if tracked else [p.detach().requires_grad_() for p in params]
-            value = loss(tuple(at))
+            value = self.loss(loss_fn, tuple(at), x, y)
             gradient = torch.autograd.grad(
-                value, at, create_graph=tracked, allow_unused=True, materialize_grads=True
+                value.sum(), at, create_graph=tracked, allow_unused=True, materialize_grads=True
             )
         return gradient, value if tracked else value.detach()
 
@@ -130,8 +153,10 @@ class InnerLoop:
             slopes: report ``Step.slope``.
         """
         start = self.dual_start()
-        zeta = tuple(torch.zeros_like(p) for p in self.init)
         params = self.init
+        if self.differentiation == "batched":
+            params = tuple(p.expand(len(x), *p.shape) for p in params)
+        zeta = tuple(torch.zeros_like(p) for p in params)
         yield Step(params)
         for k in range(steps):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not first_order):
@@ -141,6 +166,7 @@ class InnerLoop:
             moved = self.primal(zeta, start)
             slope = None
             if slopes:
-                slope = dot(gradient, [m - p for m, p in zip(moved, params, strict=True)]).detach()
+                move = tuple(m - p for m, p in zip(moved, params, strict=True))
+                slope = self._each(dot, gradient, move).detach()
             params = moved
             yield Step(params, loss, slope)

@@ -12,12 +12,8 @@ from mirror_opt.errors import InputError
 from mirror_opt.maps.base import MirrorMap
 from mirror_opt.maps.classical import Euclidean
 from mirror_opt.meta.adapted import Adapted, AdaptedBatch, Evaluation, raise_nonfinite
-from mirror_opt.meta.engines import (
-    choose_engine,
-    has_batch_statistics,
-    map_tasks,
-    mean_loss,
-)
+from mirror_opt.meta.batch_statistics import has_batch_statistics
+from mirror_opt.meta.engines import choose_engine, map_tasks, mean_loss
 from mirror_opt.meta.inner import InnerLoop, LossFn
 from mirror_opt.meta.stability import guarded_run
 
@@ -127,6 +123,7 @@ class MetaLearner(nn.Module):
         named = dict(self.model.named_parameters())
         init = tuple(named.pop(name) for name in self.names)
         frozen = {**named, **dict(self.model.named_buffers())}
+        engine = choose_engine(self.engine, self.model, self.mirror_map)
         return InnerLoop(
             self.model,
             self.mirror_map,
@@ -136,7 +133,7 @@ class MetaLearner(nn.Module):
             self.mirror_map.coefficients(),
             self.log_lr.exp(),
             self.steps,
-            functional=choose_engine(self.engine, self.model, self.mirror_map) == "vmap",
+            "func" if engine == "vmap" else "autograd",
         )
 
     # Adaptation.
@@ -151,7 +148,8 @@ class MetaLearner(nn.Module):
         """(adapted parameters, support losses, accepted) of one task."""
         trail = list(runner(inner, loss_fn, x, y, steps, first_order=self.first_order))
         losses = [step.loss for step in trail[1:]]
-        losses = torch.stack(losses) if losses else inner.rates.new_zeros(0)
+        tasks = (len(x),) if inner.differentiation == "batched" else ()
+        losses = torch.stack(losses, -1) if losses else inner.rates.new_zeros(*tasks, 0)
         accepted = [step.accepted for step in trail[1:] if step.accepted is not None]
         return trail[-1].params, losses, torch.stack(accepted) if accepted else ()
 
@@ -248,7 +246,7 @@ class MetaLearner(nn.Module):
 
         def task(inner: InnerLoop, sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor):
             params, losses, _ = self._adapt(InnerLoop.run, inner, loss_fn, sx, sy, steps)
-            return loss_fn(inner.predict(params, qx), qy), losses
+            return inner.loss(loss_fn, params, qx, qy), losses
 
         tasks = (support_x, support_y, query_x, query_y)
         skip = self.nonfinite == "skip"
