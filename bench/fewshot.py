@@ -61,21 +61,26 @@ _VALIDATION = {
     "adapt_steps": (1, 5),
     "task_options": {"validation": 100},
 }
+_SINUSOID = {
+    "task": "sinusoid",
+    "shots": 10,
+    "queries": 10,
+    "lr": 0.01,
+    "tasks_per_batch": 25,
+    "train_steps": 5,
+    "test_tasks": 500,
+    "adapt_steps": (0, 1, 2, 3, 5, 10),
+}
 STUDIES = {
     "sinusoid": Study(
-        {
-            "task": "sinusoid",
-            "shots": 10,
-            "queries": 10,
-            "lr": 0.01,
-            "tasks_per_batch": 25,
-            "iterations": 3000,
-            "train_steps": 5,
-            "test_tasks": 500,
-            "adapt_steps": (0, 1, 2, 3, 5, 10),
-        },
-        init_lrs=(3e-3, 1e-2),
-        map_lrs=(3e-3, 1e-2, 3e-2),
+        {**_SINUSOID, "iterations": 3000},
+        init_lrs=(3e-3, 1e-2, 2e-2),
+        map_lrs=(3e-3, 1e-2, 3e-2, 1e-1),
+    ),
+    "sinusoid-1000": Study(
+        {**_SINUSOID, "iterations": 1000},
+        init_lrs=(3e-3, 1e-2, 2e-2),
+        map_lrs=(3e-3, 1e-2, 3e-2, 1e-1),
     ),
     "omniglot-1": Study(
         {**_OMNIGLOT, "iterations": 250, "train_steps": 1},
@@ -85,7 +90,7 @@ STUDIES = {
     ),
     "omniglot-5": Study(
         {**_OMNIGLOT, "iterations": 300, "train_steps": 5},
-        init_lrs=(3e-3, 1e-2),
+        init_lrs=(3e-3,),
         map_lrs=(3e-3, 1e-2, 3e-2),
         search=_VALIDATION,
     ),
