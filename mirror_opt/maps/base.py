@@ -29,6 +29,14 @@ class Profile(NamedTuple):
     y: Tensor
 
 
+class _Batch(NamedTuple):
+    """Tensors that are worked on at once."""
+
+    indices: Sequence[int]  # their places in the sequence
+    x: Tensor
+    coefficient: Any
+
+
 def dot(xs: Tensors, ys: Tensors) -> Tensor:
     """<x, y> summed over the tensors of two sequences; pairs with a None count nothing."""
     terms = [(x * y).sum() for x, y in zip(xs, ys, strict=True) if x is not None and y is not None]
@@ -98,9 +106,7 @@ class MirrorMap(nn.Module):
 
     def forward(self, xs: Tensors, coefficients: Sequence[Any] | None = None) -> tuple:
         """The mirror map z = grad h(x): a tuple of tensors shaped as ``xs``."""
-        return tuple(
-            None if x is None else self._gradient(x, c) for x, c in self._pairs(xs, coefficients)
-        )
+        return self._each(self._gradient, xs, coefficients)
 
     def inverse(self, zs: Tensors, coefficients: Sequence[Any] | None = None) -> tuple:
         """The inverse mirror map x = grad h*(z): a tuple of tensors shaped as ``zs``.
@@ -108,10 +114,7 @@ class MirrorMap(nn.Module):
         Raises:
             NewtonError: a Newton solve did not converge, or ``zs`` holds NaN or Inf.
         """
-        return tuple(
-            None if z is None else self._gradient_conjugate(z, c)
-            for z, c in self._pairs(zs, coefficients)
-        )
+        return self._each(self._gradient_conjugate, zs, coefficients)
 
     def potential(self, xs: Tensors) -> Tensor:
         """h(x), a 0-dim tensor."""
@@ -170,19 +173,38 @@ class MirrorMap(nn.Module):
         total = p.double().sum(-1)
         return bool((p >= 0).all()) and bool(((total - 1).abs() < 1e-2).all())
 
-    def _pairs(self, xs: Tensors, coefficients: Sequence[Any] | None) -> Iterator[tuple]:
+    # Over the tensors.
+
+    def _batches(self, xs: Tensors, coefficients: Sequence[Any] | None) -> Iterator[_Batch]:
+        """The tensors that are there, with what belongs to them: here one at a time."""
         coefficients = self.coefficients() if coefficients is None else coefficients
         if coefficients is None:
-            return ((x, None) for x in xs)
-        if len(xs) != len(coefficients):
+            coefficients = [None] * len(xs)
+        self._check_count(xs, len(coefficients))
+        for i, (x, c) in enumerate(zip(xs, coefficients, strict=True)):
+            if x is not None:
+                yield _Batch([i], x, c)
+
+    def _check_count(self, xs: Tensors, count: int) -> None:
+        if len(xs) != count:
             raise InputError(
-                f"{type(self).__name__} was built for {len(coefficients)} tensors and got "
-                f"{len(xs)}: pass one entry for each, None where there is no gradient"
+                f"{type(self).__name__} was built for {count} tensors and got {len(xs)}: pass one "
+                "entry for each, None where there is no gradient"
             )
-        return zip(xs, coefficients, strict=True)
+
+    def _each(
+        self,
+        function: Callable[[Tensor, Any], Tensor],
+        xs: Tensors,
+        coefficients: Sequence[Any] | None,
+    ) -> tuple[Tensor | None, ...]:
+        results: list[Tensor | None] = [None] * len(xs)
+        for batch in self._batches(xs, coefficients):
+            results[batch.indices[0]] = function(batch.x, batch.coefficient)
+        return tuple(results)
 
     def _total(self, function: Callable[[Tensor, Any], Tensor], xs: Tensors) -> Tensor:
-        terms = [function(x, c) for x, c in self._pairs(xs, None) if x is not None]
+        terms = [function(batch.x, batch.coefficient) for batch in self._batches(xs, None)]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
 

@@ -54,15 +54,14 @@ class MetaCurvature(OwningMap):
         factors, modes = coefficient
         if not modes:
             return factors[0] * z
-        stacked = [f.unsqueeze(0) for f in factors]
-        return mode_product(z.reshape(1, *modes), stacked).reshape(z.shape)
+        return mode_product(z.reshape(modes), factors).reshape(z.shape)
 
     def _gradient(self, x: Tensor, coefficient) -> Tensor:
         factors, modes = coefficient
         if not modes:
             return x / factors[0]
-        inverses = [torch.linalg.inv(f).unsqueeze(0) for f in factors]
-        return mode_product(x.reshape(1, *modes), inverses).reshape(x.shape)
+        inverses = [torch.linalg.inv(f) for f in factors]
+        return mode_product(x.reshape(modes), inverses).reshape(x.shape)
 
     def _potential(self, x: Tensor, coefficient) -> Tensor:
         raise TypeError("MetaCurvature is not the gradient of a function: it has no potential")

@@ -1,14 +1,14 @@
 """KroneckerNeural: separable maps in learned rotated coordinates, summed. The default map."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mirror_opt.errors import InputError
-from mirror_opt.maps.base import Profile, Tensors, register
+from mirror_opt.maps.base import Profile, Tensors, _Batch, register
 from mirror_opt.maps.separable import NeuralMap, NeuralUnits, Separable, learned_dtype
 from mirror_opt.newton import implicit_convex
 from mirror_opt.reference import Units, psi_slope
@@ -24,15 +24,15 @@ def mode_sizes(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def mode_product(x: Tensor, factors: Sequence[Tensor], transpose: bool = False) -> Tensor:
-    """Multiplies every mode of x by its factor, for R terms at once.
+    """Multiplies every mode of x by its factor.
 
     Args:
-        x: ``(R, n_1, ..., n_m)`` or ``(1, n_1, ..., n_m)``.
-        factors: m matrices ``(R, n_l, n_l)``.
+        x: ``(*B, n_1, ..., n_m)``, the leading dimensions broadcast with those of the factors.
+        factors: m matrices ``(*B, n_l, n_l)``.
         transpose: multiply by the transposed factors.
 
     Returns:
-        ``(R, n_1, ..., n_m)``.
+        ``(*B, n_1, ..., n_m)``.
     """
     if transpose:
         factors = [f.mT for f in factors]
@@ -42,37 +42,43 @@ def mode_product(x: Tensor, factors: Sequence[Tensor], transpose: bool = False) 
         # left of all that follows it seen as columns.
         behind = len(factors) - 1 - mode
         before = min(mode, len(factors) - 2)  # modes that the product is batched over
-        factor = factor.reshape(len(factor), *[1] * before, *factor.shape[1:])
+        factor = factor.reshape(*factor.shape[:-2], *[1] * before, *factor.shape[-2:])
         if behind == 0:
             x = x @ factor.mT
         elif behind == 1:
             x = factor @ x
         else:
-            x = (factor @ x.flatten(mode + 2)).unflatten(mode + 2, x.shape[mode + 2 :])
+            x = (factor @ x.flatten(-behind)).unflatten(-1, x.shape[-behind:])
     return x
 
 
 class _Factors(nn.Module):
-    """The square factors of one mode for R terms, as a function of free parameters.
+    """The square factors ``(G, R, n, n)`` of one mode for R terms of G tensors.
 
     ``invertible=False``: (I + A) Q, with A free and zero at the start, Q a fixed orthogonal matrix,
     random for R > 1 (so that the terms differ from the start) and I for R = 1.
     ``invertible=True`` (R = 1): (I + strictly lower)(strictly upper + diag e^p), I at the start.
     """
 
-    def __init__(self, like: Tensor, terms: int, n: int, invertible: bool, seed: int):
+    def __init__(self, like: Tensor, terms: int, n: int, invertible: bool, seeds: Sequence[int]):
         super().__init__()
         options: dict[str, Any] = {"dtype": learned_dtype(like.dtype), "device": like.device}
+        shape = (len(seeds), terms, n, n)
         self.invertible = invertible
-        self.a = nn.Parameter(torch.zeros(terms, n, n, **options))
-        eye = torch.eye(n, **options).expand(terms, n, n).clone()
-        self.register_buffer("eye", eye[:1].clone(), persistent=False)
+        self.a = nn.Parameter(torch.zeros(shape, **options))
+        eye = torch.eye(n, **options)
+        self.register_buffer("eye", eye, persistent=False)
         if not invertible:
+            q = eye.expand(shape).clone()
             if terms > 1:
-                generator = torch.Generator().manual_seed(seed)
-                normal = torch.randn(terms, n, n, generator=generator, dtype=torch.float64)
-                eye = torch.linalg.qr(normal).Q.to(**options)
-            self.register_buffer("q", eye)
+                normal = [self._normal(shape[1:], seed) for seed in seeds]
+                q = torch.linalg.qr(torch.stack(normal)).Q.to(**options)
+            self.register_buffer("q", q)
+
+    @staticmethod
+    def _normal(shape: Sequence[int], seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     def forward(self) -> Tensor:
         if self.invertible:
@@ -81,36 +87,60 @@ class _Factors(nn.Module):
         return self.q + self.a @ self.q
 
 
-class _Term(NamedTuple):
-    """Coefficients of one tensor: F(u) = eps u + sum_r M_r^T S_r(M_r u)."""
+class _Terms(NamedTuple):
+    """Coefficients of G tensors: F(u) = eps u + sum_r M_r^T S_r(M_r u), for each its own."""
 
-    factors: tuple[Tensor, ...]
-    separable: Separable  # of all R terms; its gain holds the weight (1 - eps) / R
-    sizes: tuple[int, ...]  # how the tensor is seen: its modes, or its own shape for vectors
+    factors: tuple[Tensor, ...]  # (G, R, n, n) for each mode
+    separable: Separable  # of all (G, R); its gain holds the weight (1 - eps) / R
+
+    def of(self, members: Any) -> "_Terms":
+        """Those of some of the tensors."""
+        gain, units, sigma = self.separable
+        separable = Separable(gain[members], Units(*(x[:, members] for x in units)), sigma)
+        return _Terms(tuple(f[members] for f in self.factors), separable)
 
 
-class _KroneckerTensor(nn.Module):
+class _Group(nn.Module):
+    """The map's parameters for G tensors of equal shape, which are worked on at once.
+
+    Each is seen with the shape ``sizes``: its modes, or its own shape for vectors.
+    """
+
     def __init__(
-        self, like: Tensor, terms: int, eps: float, units: int, rho: float, sigma: str, seed: int
+        self,
+        indices: Sequence[int],
+        like: Tensor,
+        terms: int,
+        eps: float,
+        units: int,
+        rho: float,
+        sigma: str,
+        seed: int,
     ):
         super().__init__()
         modes = mode_sizes(like.shape)
         # Without modes to rotate all terms would be the same function.
         self.terms = terms if modes else 1
-        self.sizes = modes or tuple(like.shape)
+        self.indices, self.shape, self.sizes = list(indices), like.shape, modes or like.shape
         invertible = terms == 1 and eps == 0
         self.factors = nn.ModuleList(
-            _Factors(like, self.terms, n, invertible, seed + mode) for mode, n in enumerate(modes)
+            _Factors(like, self.terms, n, invertible, [seed + 1000 * i + mode for i in indices])
+            for mode, n in enumerate(modes)
         )
-        view = like.detach().reshape(self.sizes).expand(self.terms, *self.sizes)
-        shared = min(2, view.dim())
-        self.units = NeuralUnits(view, shared, units, rho, sigma, terms=1)
+        view = like.detach().reshape(self.sizes).expand(len(indices), self.terms, *self.sizes)
+        self.units = NeuralUnits(view, min(3, view.dim()), units, rho, sigma, terms=2)
         self.weight = (1 - eps) / self.terms
 
-    def forward(self) -> _Term:
+    def forward(self) -> _Terms:
         separable = self.units()
         separable = separable._replace(gain=self.weight * separable.gain)
-        return _Term(tuple(f() for f in self.factors), separable, self.sizes)
+        return _Terms(tuple(f() for f in self.factors), separable)
+
+    def stack(self, xs: Sequence[Tensor]) -> Tensor:
+        """Tensors of the group as ``(number, *sizes)``."""
+        if len(xs) == 1:
+            return xs[0].reshape(1, *self.sizes)
+        return torch.stack([x.reshape(self.sizes) for x in xs])
 
 
 @register("kronecker", "sum of learned rotations around learned separable maps (the default)")
@@ -185,69 +215,119 @@ class KroneckerNeural(NeuralMap):
         self.terms, self.eps = terms, float(eps)
         self.elementwise = terms == 1 and eps == 0  # then F = M^T S M has an elementwise solve
         self.inverse_is_batchable = self.inverse_is_closed or self.elementwise
-        self.tensors = nn.ModuleList(
-            _KroneckerTensor(p, terms, eps, units, rho, sigma, seed + 1000 * i)
-            for i, p in enumerate(params)
+        alike: dict[Any, list[int]] = {}
+        for i, p in enumerate(params):
+            alike.setdefault((p.shape, p.dtype, p.device), []).append(i)
+        self.groups = nn.ModuleList(
+            _Group(indices, params[indices[0]], terms, self.eps, units, rho, sigma, seed)
+            for indices in alike.values()
         )
 
-    def coefficients(self) -> list[_Term]:
-        return [tensor() for tensor in self.tensors]
+    def coefficients(self) -> list[_Terms]:
+        return [group() for group in self.groups]
+
+    def _batches(self, xs: Tensors, coefficients: Sequence[_Terms] | None) -> Iterator[_Batch]:
+        coefficients = self.coefficients() if coefficients is None else coefficients
+        self._check_count(xs, len(self.shapes))
+        for group, terms in zip(self.groups, coefficients, strict=True):
+            members = [m for m, i in enumerate(group.indices) if xs[i] is not None]
+            indices = [group.indices[m] for m in members]
+            if members:
+                mine = terms if len(members) == len(group.indices) else terms.of(members)
+                yield _Batch(indices, group.stack([xs[i] for i in indices]), mine)
+
+    def _each(
+        self,
+        function: Callable[[Tensor, Any], Tensor],
+        xs: Tensors,
+        coefficients: Sequence[Any] | None,
+    ) -> tuple[Tensor | None, ...]:
+        results: list[Tensor | None] = [None] * len(xs)
+        for indices, x, terms in self._batches(xs, coefficients):
+            for i, y in zip(indices, function(x, terms).unbind(), strict=True):
+                results[i] = y.reshape(xs[i].shape)
+        return tuple(results)
 
     def calibrate(self, displacements: Sequence[Tensors]) -> None:
-        for i, tensor in enumerate(self.tensors):
-            term = tensor()
-            samples = [self._rotate(d[i], term) for d in displacements if d[i] is not None]
-            if samples:
-                tensor.units.calibrate(samples)
+        for group, terms in zip(self.groups, self.coefficients(), strict=True):
+            for member, i in enumerate(group.indices):
+                mine = terms.of([member])
+                samples = [
+                    self._rotate(group.stack([d[i]]), mine)
+                    for d in displacements
+                    if d[i] is not None
+                ]
+                if samples:
+                    group.units.calibrate(samples, slice(member, member + 1))
 
     def profiles(self) -> list[Profile]:
-        return [p for i, tensor in enumerate(self.tensors) for p in tensor.units.profile(i)]
+        found = [
+            profile
+            for group in self.groups
+            for member, i in enumerate(group.indices)
+            for profile in group.units.profile(i, member)
+        ]
+        return sorted(found, key=lambda profile: profile.tensor)
+
+    # For a group u of tensors, (G, *sizes).
 
     @staticmethod
-    def _rotate(u: Tensor, term: _Term) -> Tensor:
-        """M_r u for every r: ``(R, *sizes)``."""
-        return mode_product(u.reshape(1, *term.sizes), term.factors)
+    def _rotate(u: Tensor, terms: _Terms) -> Tensor:
+        """M_r u for every r: ``(G, R, *sizes)``."""
+        return mode_product(u.unsqueeze(1), terms.factors)
 
-    def _back(self, v: Tensor, u: Tensor, term: _Term) -> Tensor:
-        """eps u + sum_r M_r^T v_r, shaped as u."""
-        total = mode_product(v, term.factors, transpose=True)
-        total = total.sum(0) if len(total) > 1 else total
-        return torch.add(total.reshape(u.shape), u, alpha=self.eps)
+    def _back(self, v: Tensor, u: Tensor, terms: _Terms) -> Tensor:
+        """eps u + sum_r M_r^T v_r."""
+        total = mode_product(v, terms.factors, transpose=True)
+        total = total.sum(1) if total.shape[1] > 1 else total.squeeze(1)
+        return torch.add(total, u, alpha=self.eps)
 
-    def _closed(self, u: Tensor, term: _Term) -> Tensor:
-        return self._back(term.separable.value(self._rotate(u, term)), u, term)
+    def _closed(self, u: Tensor, coefficient: _Terms) -> Tensor:
+        return self._back(coefficient.separable.value(self._rotate(u, coefficient)), u, coefficient)
 
-    def _integral(self, u: Tensor, term: _Term) -> Tensor:
-        return self.eps / 2 * (u * u).sum() + term.separable.integral(self._rotate(u, term))
+    def _integral(self, u: Tensor, coefficient: _Terms) -> Tensor:
+        rotated = self._rotate(u, coefficient)
+        return self.eps / 2 * (u * u).sum() + coefficient.separable.integral(rotated)
 
-    def _jacobian(self, u: Tensor, term: _Term) -> Callable[[Tensor], Tensor]:
+    def _jacobian(self, u: Tensor, terms: _Terms) -> Callable[[Tensor], Tensor]:
         """The function v -> F'(u) v."""
-        gain, units, sigma = term.separable
-        slope = gain * psi_slope(self._rotate(u, term), units, sigma)
-        return lambda v: self._back(slope * self._rotate(v, term), v, term)
+        gain, units, sigma = terms.separable
+        slope = gain * psi_slope(self._rotate(u, terms), units, sigma)
+        return lambda v: self._back(slope * self._rotate(v, terms), v, terms)
 
-    def _solve(self, t: Tensor, term: _Term) -> Tensor:
+    def _solve(self, t: Tensor, coefficient: _Terms) -> Tensor:
         if self.elementwise:
             # F = M^T S M, so F^-1 = M^-1 S^-1 M^-T.
-            inverse = [torch.linalg.inv(f) for f in term.factors]
-            v = mode_product(t.reshape(1, *term.sizes), inverse, transpose=True)
-            return mode_product(term.separable.inverse(v), inverse).reshape(t.shape)
+            inverse = [torch.linalg.inv(f) for f in coefficient.factors]
+            v = mode_product(t.unsqueeze(1), inverse, transpose=True)
+            return mode_product(coefficient.separable.inverse(v), inverse).squeeze(1)
+        # Tensor by tensor: each converges in its own number of steps, to its own accuracy.
+        solved = [
+            self._solve_coupled(t[m : m + 1], coefficient.of(slice(m, m + 1)))
+            for m in range(len(t))
+        ]
+        return torch.cat(solved)
+
+    def _solve_coupled(self, t: Tensor, terms: _Terms) -> Tensor:
         return implicit_convex(
-            lambda u: self._closed(u, term),
-            lambda u: self._jacobian(u, term),
-            lambda u: self._integral(u, term),
+            lambda u: self._closed(u, terms),
+            lambda u: self._jacobian(u, terms),
+            lambda u: self._integral(u, terms),
             t,
         )
 
-    def _bounds(self, term: _Term) -> tuple[Tensor, Tensor]:
-        gain, units, sigma = term.separable
+    def _bounds(self, coefficient: _Terms) -> tuple[Tensor, Tensor]:
+        gain, units, sigma = coefficient.separable
         low, high = [], []
-        for r in range(len(gain)):
-            one = Separable(gain[r], Units(*(x[:, r] for x in units)), sigma)
-            lower, upper = one.bounds()
-            for factor in term.factors:
-                singular = torch.linalg.svdvals(factor[r])
-                lower, upper = lower * singular[-1] ** 2, upper * singular[0] ** 2
-            low.append(lower)
-            high.append(upper)
-        return self.eps + torch.stack(low).sum(), self.eps + torch.stack(high).sum()
+        for g in range(gain.shape[0]):
+            for r in range(gain.shape[1]):
+                one = Separable(gain[g, r], Units(*(x[:, g, r] for x in units)), sigma)
+                lower, upper = one.bounds()
+                for factor in coefficient.factors:
+                    singular = torch.linalg.svdvals(factor[g, r])
+                    lower, upper = lower * singular[-1] ** 2, upper * singular[0] ** 2
+                low.append(lower)
+                high.append(upper)
+        shape = gain.shape[:2]
+        lower, upper = (torch.stack(x).reshape(shape).sum(1) for x in (low, high))
+        return self.eps + lower.min(), self.eps + upper.max()

@@ -96,24 +96,31 @@ class NeuralUnits(nn.Module):
         return Separable((self.gain + self.a).exp(), units, self.sigma)
 
     @torch.no_grad()
-    def calibrate(self, samples: Sequence[Tensor]) -> None:
-        """Sets ``unit`` to the rms of the samples, shaped as the tensor, channel by channel."""
+    def calibrate(self, samples: Sequence[Tensor], where: Any = ...) -> None:
+        """Sets ``unit`` to the rms of the samples, shaped as the tensor, channel by channel.
+
+        ``where`` indexes the part of the tensor that the samples are of.
+        """
+        unit = self.unit[where]
         square = torch.stack([u.square() for u in samples]).mean(0)
         overall = square.mean().sqrt()
         if not (torch.isfinite(overall) and overall > 0):
             return  # no signal to scale by: keep the unit
-        reduced = [d for d in range(square.dim()) if self.unit.shape[d] == 1]
+        reduced = [d for d in range(square.dim()) if unit.shape[d] == 1]
         rms = (square.mean(reduced, keepdim=True) if reduced else square).sqrt()
         # A channel that happened to be silent in the samples must not get a unit of zero.
-        self.unit.copy_(rms.clamp(min=1e-3 * overall))
+        unit.copy_(rms.clamp(min=1e-3 * overall))
 
     @torch.no_grad()
-    def profile(self, tensor: int) -> list[Profile]:
-        """psi of a few channels against v = u / unit, in [-4, 4]."""
+    def profile(self, tensor: int, where: Any = ...) -> list[Profile]:
+        """psi of a few channels against v = u / unit, in [-4, 4]; ``tensor`` is what to call it.
+
+        ``where`` indexes a part of the tensor.
+        """
         v = torch.linspace(-4, 4, 201, dtype=self.a.dtype, device=self.a.device)
         _, units, sigma = self()
-        columns = Units(*(x.reshape(len(x), -1) for x in units))
-        scale = self.unit.flatten()
+        scale = self.unit[where].flatten()
+        columns = Units(*(x[:, where].reshape(len(x), len(scale)) for x in units))
         picks = torch.linspace(0, len(scale) - 1, min(4, len(scale))).long().unique().tolist()
         return [
             Profile(

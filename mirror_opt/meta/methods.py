@@ -43,13 +43,12 @@ METHODS = {
 
 @dataclass(frozen=True)
 class MethodDefaults:
-    """Inner step size, outer rates of the init, the map and the inner rates, and map options."""
+    """Inner step size, and the outer rates of the init, the map and the inner rates."""
 
     lr: float
     init_lr: float
     map_lr: float
     rate_lr: float = 1e-2
-    map_options: dict[str, Any] = field(default_factory=dict)
 
 
 def _head(model: nn.Module) -> list[str]:
@@ -107,9 +106,7 @@ def defaults(method: str, task: str) -> MethodDefaults:
         raise InputError(f"no method named {method!r}: choose one of {', '.join(METHODS)}")
     # Found on validation tasks: bench/results/fewshot-*.json, stage "search".
     if task == "sinusoid":
-        init_lr = {"mirror": 3e-3}.get(method, 1e-2)
-        map_lr = {"meta-sgd": 1e-2, "meta-curvature": 3e-2}.get(method, 3e-3)
-        map_options = {"terms": 4} if method == "mirror" else {}
-        return MethodDefaults(0.01, init_lr, map_lr, map_options=map_options)
+        map_lr = {"meta-sgd": 1e-2, "meta-curvature": 3e-2}.get(method, 1e-2)
+        return MethodDefaults(0.01, 1e-2, map_lr)
     map_lr = {"meta-sgd": 3e-2}.get(method, 1e-2)
     return MethodDefaults(0.1, 3e-3, map_lr)

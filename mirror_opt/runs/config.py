@@ -108,10 +108,7 @@ class RunConfig:
                 values[name] = read(values[name])
         if method == "mirror" and values["map"] in maps.REGISTRY:
             # In full, so that a run outlives a change of the map's defaults.
-            chosen = rates.map_options if values["map"] == defaults["map"] else {}
-            values["map_options"] = (
-                _map_defaults(values["map"]) | chosen | values.get("map_options", {})
-            )
+            values["map_options"] = _map_defaults(values["map"]) | values.get("map_options", {})
         if values.get("data_dir") is not None:
             values["data_dir"] = os.fspath(values["data_dir"])
         return cls(task=task, method=method, **values)
