@@ -14,8 +14,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fewshot import STUDIES, VARIANTS
+from fewshot import STUDIES, VARIANTS, best_rates
 from results import read_rows
+from validity import valid
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
@@ -60,7 +61,10 @@ def circumstances(rows: list[dict]) -> str:
 
 
 def finals(study: str) -> list[dict]:
-    return [r for r in read_rows(f"fewshot-{study}") if r["stage"] == "final"]
+    """The results at the rates that the search found, as far as it has been run."""
+    rows = [r for r in read_rows(f"fewshot-{study}") if r["stage"] == "final"]
+    best = {variant: best_rates(study, variant) for variant in {r["variant"] for r in rows}}
+    return [r for r in rows if all(r[k] == v for k, v in best[r["variant"]].items())]
 
 
 def over_seeds(rows: list[dict]) -> tuple[float | None, float, int]:
@@ -108,8 +112,46 @@ def study_table(study: str) -> str:
     return f"{title}\n\n{table(head, body)}\n\n{circumstances(rows)}"
 
 
+def search_table(study: str) -> str:
+    """The validation metric after the trained steps at every point of the grid that was run."""
+    rows = [
+        r
+        for r in read_rows(f"fewshot-{study}")
+        if r["stage"] == "search" and r["adapt_steps"] == r["train_steps"]
+    ]
+    if not rows:
+        return PENDING
+    percent = rows[0]["metric"] == "accuracy"
+    grid = sorted({(r["init_lr"], r["map_lr"]) for r in rows})
+    body = []
+    for variant in dict.fromkeys(r["variant"] for r in rows):
+        mine = {(r["init_lr"], r["map_lr"]): r["mean"] for r in rows if r["variant"] == variant}
+        finite = [m for m in mine.values() if m is not None]
+        best = max(finite) if percent else min(finite)
+
+        def cell(at: tuple, mine: dict = mine, best: float = best) -> str:
+            if at not in mine:
+                return ""
+            if mine[at] is None:
+                return "diverged"
+            text = f"{100 * mine[at]:.1f}" if percent else f"{mine[at]:.2g}"
+            return f"**{text}**" if mine[at] == best else text
+
+        body.append([variant, *[cell(at) for at in grid]])
+    first = rows[0]
+    what = "Query accuracy in %" if percent else "Query MSE"
+    title = (
+        f"{what} on {first['test_tasks']} validation tasks after {first['train_steps']} adaptation "
+        f"step{'s' * (first['train_steps'] != 1)}, seed {first['seed']}; columns: rates of the "
+        "init / of the map (the init's alone for MAML)."
+    )
+    head = ["method", *[f"{i:g} / {m:g}" for i, m in grid]]
+    return f"{title}\n\n{table(head, body)}\n\n{circumstances(rows)}"
+
+
 for _study in STUDIES:
     part(_study)(lambda study=_study: study_table(study))
+    part(f"search-{_study}")(lambda study=_study: search_table(study))
 
 
 def draw_study(study: str) -> None:
@@ -245,6 +287,46 @@ def draw_stability() -> None:
 
 
 GUARDED = "past the trained steps"
+
+
+# Validity.
+
+
+@part("validity")
+def validity_table() -> str:
+    rows = read_rows("validity")
+    if not rows:
+        return PENDING
+
+    def number(x: float | None) -> str:
+        return "inf" if x is None else f"{x:.3g}"
+
+    body = []
+    for r in rows:
+        options = ", ".join(f"{k}={v}" for k, v in r["options"].items())
+        body.append(
+            [
+                f"{r['map']} ({options})" if options else r["map"],
+                str(r["iterations"]) if r["trained"] else "-",
+                f"{r['round_trip_float32']:.0e}",
+                f"{r['asymmetry']:.0e}",
+                f"{number(r['eigenvalue_min'])} to {number(r['eigenvalue_max'])}",
+                f"{number(r['distance_min'])} to {number(r['distance_max'])}",
+                f"{number(r['mu'])} to {number(r['ell'])}",
+                "yes" if valid(r) else "NO",
+            ]
+        )
+    head = [
+        "map",
+        "meta-iterations",
+        "round trip",
+        "asymmetry",
+        "eigenvalues of the Jacobian",
+        "2 D_h(x, y) / norm(x - y)^2",
+        "certified mu to ell",
+        "valid",
+    ]
+    return f"{table(head, body)}\n\n{circumstances(rows)}"
 
 
 # Cost.
