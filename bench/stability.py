@@ -26,7 +26,7 @@ SEEDS = (0, 1, 2, 3)
 STEPS = (1, 2, 3, 5, 10, 20, 30, 50, 100)
 TASKS = 500
 # Rates are searched for the variants of the few-shot study; the last two share MAML's.
-SEARCHED = ("maml", "meta-sgd", "meta-curvature", "mirror", "mirror, psi linear")
+SEARCHED = ("maml", "meta-sgd", "meta-curvature", "mirror")
 CASES = {
     **{name: (VARIANTS[name], name) for name in SEARCHED},
     "fomaml": ({"method": "fomaml"}, "maml"),
