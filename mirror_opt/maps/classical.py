@@ -233,6 +233,9 @@ class NegativeEntropy(MirrorMap):
         self.simplex = bool(simplex)
         self.domain = "simplex" if simplex else "positive"
 
+    def coupled(self, dims: int) -> tuple[int, ...]:
+        return (dims - 1,) if self.simplex and dims else ()
+
     def _gradient(self, x: Tensor, coefficient: None) -> Tensor:
         # An entry that underflowed to 0 would have a dual of -inf and never come back.
         return x.clamp(min=torch.finfo(x.dtype).tiny).log()

@@ -193,6 +193,10 @@ class KroneckerNeural(NeuralMap):
     def coefficients(self) -> list[_Term]:
         return [tensor() for tensor in self.tensors]
 
+    def coupled(self, dims: int) -> tuple[int, ...]:
+        # Vectors are not, but a solve that fails must fail in every process that shares a tensor.
+        return tuple(range(dims))
+
     def calibrate(self, displacements: Sequence[Tensors]) -> None:
         for i, tensor in enumerate(self.tensors):
             term = tensor()

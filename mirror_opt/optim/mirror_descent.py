@@ -14,7 +14,7 @@ from mirror_opt.errors import InputError
 from mirror_opt.maps import Euclidean, MirrorMap
 from mirror_opt.newton import NewtonError, Status
 from mirror_opt.optim.checkpoint import adopt, hide_state, pack_maps
-from mirror_opt.optim.fused import FusedStep, fused_step
+from mirror_opt.optim.fused import FusedStep, fused_step, may_fuse
 from mirror_opt.optim.options import (
     RUN_OPTIONS,
     Group,
@@ -25,6 +25,7 @@ from mirror_opt.optim.options import (
     parameter_name,
     state_dtype,
 )
+from mirror_opt.optim.sharded import agreed, from_shard, gradient, local, meshes, on_shards
 from mirror_opt.optim.update import Tensors, Update, all_finite, mirror_descent, through, widened
 
 __all__ = ["MirrorDescent"]
@@ -65,6 +66,10 @@ class MirrorDescent(Optimizer):
     that ``mirror_opt.use_backend`` chooses. Where it could fail (a magnitude beyond 1e15, and
     float16 always) the step is taken unfused; on an accelerator, where asking would synchronise, it
     is skipped, or with ``"propagate"`` taken except for the elements that fail.
+
+    **Sharded.** DTensor parameters (FSDP2, tensor parallelism) step on their local shards, with
+    DTensor state; a map gathers what it couples across a cut (``MirrorMap.coupled``). A step that
+    fails in one process fails in all, except with ``"propagate"``, which does not ask.
 
     **Differentiating through steps.** With ``differentiable=True`` gradients flow to the initial
     parameters, to earlier gradients, to a tensor ``lr`` and to the parameters of the map; pass
@@ -175,28 +180,25 @@ class MirrorDescent(Optimizer):
 
     def _step(self) -> None:
         policy = self._nonfinite_policy()
-        try:
-            lists = [self._collect(group) for group in self.param_groups]
-            lists = [x for x in lists if x.params]
-            fused, found_inf = self._fused_steps(lists, policy)
-            plans = [self._plan(x) for x, step in zip(lists, fused, strict=True) if step is None]
-        except NewtonError as error:
-            if policy == "skip":
-                return
-            cause = _nonfinite_gradient(self.param_groups) if policy == "raise" else None
-            if cause is not None:
-                raise FloatingPointError(cause) from error
-            raise
+        shared = meshes(p for group in self.param_groups for p in group["params"])
+        # A solve that fails in one process must not keep it from meeting the others: go on.
+        failures: list[NewtonError] = []
+        lists = [x for x in _each(self._collect, self.param_groups, failures) if x.params]
+        fused, found_inf = self._fused_steps(lists, policy, shared)
+        unfused = [x for x, step in zip(lists, fused, strict=True) if step is None]
+        plans = _each(self._plan, unfused, failures)
+        if failures and policy == "propagate":
+            raise failures[0]
         keep = None
-        if plans and policy != "propagate":
+        if (plans or failures or shared) and policy != "propagate":
             keep = all_finite([t for plan in plans for t in plan.outcome()])
+            keep = agreed(torch.zeros_like(keep) if failures else keep, shared)
             # A select would let autograd multiply the NaN that it hides by zero: there, ask.
-            if policy == "raise" or self.defaults["differentiable"]:
+            if policy == "raise" or self.defaults["differentiable"] or failures:
                 if not keep:
                     if policy == "skip":
                         return
-                    cause = _nonfinite_gradient(self.param_groups)
-                    raise FloatingPointError(cause or _nonfinite_result(plans))
+                    raise self._failure(failures, plans)
                 keep = None
         for plan in plans:
             self._commit(plan, keep)
@@ -208,8 +210,17 @@ class MirrorDescent(Optimizer):
             if status not in (None, Status.CONVERGED):
                 raise NewtonError(status)
 
+    def _failure(self, failures: list[NewtonError], plans: list["_Plan"]) -> ArithmeticError:
+        """What a step that may not be taken raises."""
+        cause = _nonfinite_gradient(self.param_groups)
+        if cause is None and failures:
+            return failures[0]
+        error = FloatingPointError(cause or _nonfinite_result(plans))
+        error.__cause__ = failures[0] if failures else None
+        return error
+
     def _fused_steps(
-        self, lists: list["_Lists"], policy: str
+        self, lists: list["_Lists"], policy: str, shared: list
     ) -> tuple[list[FusedStep | None], Tensor | None]:
         """The fused step of each group that has one, and the ``found_inf`` that stops them all."""
         if self.defaults["differentiable"]:
@@ -217,10 +228,13 @@ class MirrorDescent(Optimizer):
         fused = [fused_step(*x) for x in lists]
         steps = [step for step in fused if step is not None]
         elsewhere = torch.compiler.is_compiling() or any(step.on_accelerator for step in steps)
-        if not steps or (elsewhere and policy == "propagate"):
+        asked = steps or (shared and any(map(may_fuse, self.param_groups)))
+        if not asked or (elsewhere and policy == "propagate"):
             return fused, None
-        flags = [step.found_inf() for step in steps]
+        flags = [step.found_inf() for step in steps] or [torch.zeros(())]
         found_inf = functools.reduce(torch.maximum, (flag.to(flags[0]) for flag in flags))
+        if shared:
+            found_inf = 1 - agreed(found_inf == 0, shared).float()
         if elsewhere:
             return fused, found_inf
         # Where a step could fail, take the one that can be undone.
@@ -256,35 +270,38 @@ class MirrorDescent(Optimizer):
                     "dense (sparse=False in an embedding), or give it to torch.optim.SparseAdam"
                 )
             slots.append(slot)
-            params.append(p)
-            grads.append(p.grad)
+            params.append(local(p))
+            grads.append(local(gradient(p)))
             state, dtype = self.state[p], state_dtype(p, group)
             if group["momentum"] != 0:
                 # Zeros make mu 0 + g = g of the first step, as SGD's special case does.
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)
-                buffers.append(state["momentum_buffer"])
+                buffers.append(local(state["momentum_buffer"]))
             if anchored:
                 if "anchor" not in state:
                     state["anchor"] = p.to(dtype, copy=True)
-                anchors.append(state["anchor"])
+                anchors.append(local(state["anchor"]))
         if keeps_dual(group):
             self._init_dual(group, params, anchors, slots)
-            duals.extend(self.state[p]["dual"] for p in params)
+            states = [self.state[group["params"][slot]] for slot in slots]
+            duals.extend(local(state["dual"]) for state in states)
             if not anchored:
-                dual_inits.extend(self.state[p]["dual_init"] for p in params)
+                dual_inits.extend(local(state["dual_init"]) for state in states)
 
     def _init_dual(self, group: Group, params: Tensors, anchors: Tensors, slots: list[int]) -> None:
-        missing = [i for i, p in enumerate(params) if "dual" not in self.state[p]]
+        whole = [group["params"][slot] for slot in slots]
+        missing = [i for i, p in enumerate(whole) if "dual" not in self.state[p]]
         if not missing:
             return
         xs = widened([params[i] for i in missing], copy=True)
         if anchors:
             xs = [x - anchors[i] for x, i in zip(xs, missing, strict=True)]
         slots = [slots[i] for i in missing]
-        zs = through(group["mirror_map"], xs, slots, len(group["params"]))
+        mirror_map = on_shards(group["mirror_map"], group["params"])
+        zs = through(mirror_map, xs, slots, len(group["params"]))
         for i, z in zip(missing, zs, strict=True):
-            state = self.state[params[i]]
+            state, z = self.state[whole[i]], from_shard(z, whole[i])
             if anchors:  # z of a displacement is a displacement already: z_0 is zero
                 state["dual"] = z
             else:
@@ -315,7 +332,7 @@ class MirrorDescent(Optimizer):
             anchors,
             dual_inits,
             duals,
-            mirror_map=group["mirror_map"],
+            mirror_map=on_shards(group["mirror_map"], group["params"]),
             slots=slots,
             count=len(group["params"]),
             lr=group["lr"],
@@ -395,6 +412,17 @@ class MirrorDescent(Optimizer):
         super().__setstate__(state)
 
 
+def _each(function: Callable[[Any], Any], xs: list, failures: list[NewtonError]) -> list:
+    """The function of each x; of those whose solve fails, the error in ``failures`` instead."""
+    results = []
+    for x in xs:
+        try:
+            results.append(function(x))
+        except NewtonError as error:
+            failures.append(error)
+    return results
+
+
 class _Lists(NamedTuple):
     """What a step of a group reads, one entry for each parameter that has a gradient."""
 
@@ -433,7 +461,7 @@ def _nonfinite_gradient(groups: list[Group]) -> str | None:
     """Names the first gradient that is not finite."""
     for group in groups:
         for slot, p in enumerate(group["params"]):
-            if p.grad is not None and p.numel() > 0 and not all_finite([p.grad]):
+            if p.grad is not None and p.numel() > 0 and not all_finite([local(p.grad)]):
                 return f"the gradient of {parameter_name(group, slot)} holds NaN or Inf; {_ADVICE}"
     return None
 
@@ -447,4 +475,6 @@ def _nonfinite_result(plans: list[_Plan]) -> str:
                 return f"{name} holds NaN or Inf already; {_ADVICE}"
             if not all_finite([new]):
                 return f"the step of {name} leaves the range of {new.dtype}; {_ADVICE}"
-    return f"the momentum or the dual state overflows; {_ADVICE}"
+        if not all_finite([*plan.new.buffers, *plan.new.duals]):
+            return f"the momentum or the dual state overflows; {_ADVICE}"
+    return f"the step fails in another process that holds shards; {_ADVICE}"

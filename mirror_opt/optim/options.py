@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mirror_opt.errors import InputError
 from mirror_opt.maps import MirrorMap
+from mirror_opt.optim.sharded import check_placements, is_sharded, whole
 
 __all__ = [
     "RUN_OPTIONS",
@@ -106,8 +107,12 @@ def check_group(group: Group, defaults: Group) -> None:
                 f"{parameter_name(group, slot)} is {p.dtype}: pass float16, bfloat16, float32 or "
                 "float64, and for complex numbers a parameter whose view_as_complex is used"
             )
+    check_placements(group["params"])
+    if group["differentiable"] and any(map(is_sharded, group["params"])):
+        raise InputError("Invalid differentiable=True with DTensor parameters: pass plain tensors")
     mirror_map = group["mirror_map"]
-    mirror_map.check(group["params"])
+    bounded = mirror_map.domain != "reals"
+    mirror_map.check([whole(p.detach()) if bounded else p for p in group["params"]])
     if is_anchored(group) and mirror_map.domain != "reals":
         raise InputError(
             f"Invalid anchor={group['anchor']!r} for {type(mirror_map).__name__}: displacements "

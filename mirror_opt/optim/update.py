@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mirror_opt.maps import MirrorMap
+from mirror_opt.optim.sharded import OnShards
 
 __all__ = ["Update", "all_finite", "mirror_descent", "through", "widened"]
 
@@ -31,7 +32,7 @@ def mirror_descent(
     dual_inits: Tensors,
     duals: Tensors,
     *,
-    mirror_map: MirrorMap,
+    mirror_map: MirrorMap | OnShards,
     slots: list[int],
     count: int,
     lr: float | Tensor,
@@ -113,7 +114,10 @@ def widened(xs: Tensors, copy: bool = False) -> Tensors:
 
 def all_finite(tensors: Tensors) -> Tensor:
     """0-dim bool, on the device of the first tensor: whether all entries are finite."""
-    tensors = [t.detach() for t in tensors]
+    device = tensors[0].device if tensors else None
+    tensors = [t.detach() for t in tensors if t.numel()]
+    if not tensors:
+        return torch.ones((), dtype=torch.bool, device=device)
     if all(t.device.type == "cpu" for t in tensors):
         # Both propagate NaN; here aminmax is the faster by far, on a GPU the multi-tensor norm.
         extremes = [extreme for t in tensors for extreme in torch.aminmax(t)]
@@ -121,7 +125,6 @@ def all_finite(tensors: Tensors) -> Tensor:
         extremes = torch._foreach_norm(tensors, ord=math.inf)
     # Comparable in one call each: one device, and a dtype that holds every value.
     dtype = functools.reduce(torch.promote_types, {t.dtype for t in tensors})
-    device = tensors[0].device
     return torch.stack([extreme.to(device, dtype) for extreme in extremes]).isfinite().all()
 
 
