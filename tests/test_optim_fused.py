@@ -24,9 +24,9 @@ def taken(monkeypatch):
     steps = []
     take = fused.FusedStep.take
 
-    def record(self, found_inf):
+    def record(self, found_inf, grad_scale):
         steps.append(self)
-        return take(self, found_inf)
+        return take(self, found_inf, grad_scale)
 
     monkeypatch.setattr(fused.FusedStep, "take", record)
     return steps

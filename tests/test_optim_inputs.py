@@ -89,7 +89,8 @@ def info(name, **map_options):
         optim_error_inputs_func=error_inputs,
         supported_impls=("foreach", "differentiable", *["fused"] * separable),
         supports_fused_on=("cpu",) if separable else (),
-        not_og_supported_flags=("foreach", "fused", "maximize", "nesterov", "dual_state", "anchor"),
+        not_og_supported_flags=("foreach", "fused", "maximize", "nesterov", "dual_state", "anchor",
+                                "rounding"),
         supports_complex=False,
     )
 

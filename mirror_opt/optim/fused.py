@@ -57,7 +57,7 @@ class FusedStep:
     def on_accelerator(self) -> bool:
         return self.params[0].device.type != "cpu"
 
-    def found_inf(self) -> Tensor:
+    def found_inf(self, grad_scale: Tensor | None) -> Tensor:
         """0 where the step cannot fail, else 1: 0-dim, on the device of the parameters."""
         lists = (self.grads, self.buffers, self.anchors, self.dual_inits, self.duals)
         read = [x for xs in lists for x in xs] + ([] if self.duals else self.params)
@@ -68,9 +68,11 @@ class FusedStep:
         else:
             large = lr * max(1.0, self.group["weight_decay"]) > _SCALE
         certain = self.coefficients.moderate and not half and not large
-        return exceeds(read, _BOUND if certain else -1.0)
+        flag = exceeds(read, _BOUND if certain else -1.0)
+        # A scale below 1 would make gradients larger than what was read.
+        return flag if grad_scale is None else torch.maximum(flag, (grad_scale < 1).to(flag))
 
-    def take(self, found_inf: Tensor | None) -> Status | None:
+    def take(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> Status | None:
         """Takes the step; the status, None on an accelerator and in compiled code."""
         group = self.group
         mirror_map = group["mirror_map"]
@@ -89,6 +91,7 @@ class FusedStep:
             nesterov=group["nesterov"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
+            grad_scale=grad_scale,
             found_inf=found_inf,
         )
         if self.on_accelerator or torch.compiler.is_compiling():
@@ -98,6 +101,8 @@ class FusedStep:
 
 def may_fuse(group: Group) -> bool:
     """Whether the options of the group leave room for fused steps."""
+    if group["rounding"] == "stochastic":
+        return False
     if group["fused"] is None:
         return group["foreach"] is None and isinstance(group["mirror_map"], SeparableNeural)
     return group["fused"]

@@ -2,8 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from mirror_opt.optim.options import (
     parameter_name,
     state_dtype,
 )
+from mirror_opt.optim.plan import Lists, Plan, attempt_each, failure
 from mirror_opt.optim.sharded import agreed, from_shard, gradient, local, meshes, on_shards
 from mirror_opt.optim.update import Tensors, Update, all_finite, mirror_descent, through, widened
 
@@ -62,6 +62,10 @@ class MirrorDescent(Optimizer):
     step is not compiled, else ``"skip"``. A Newton solve that fails has no result to store: its
     NewtonError (both errors are ArithmeticError) comes through unless the step is skipped.
 
+    **Loss scaling.** With ``torch.amp.GradScaler`` a step divides by the scale itself, in at least
+    float32, and leaves ``.grad`` scaled, where a fused step may be taken; else the scaler does it.
+    A step that the scaler skips changes nothing.
+
     **Fused.** For ``maps.SeparableNeural`` a step is one pass over memory, in place, by the backend
     that ``mirror_opt.use_backend`` chooses. Where it could fail (a magnitude beyond 1e15, and
     float16 always) the step is taken unfused; on an accelerator, where asking would synchronise, it
@@ -90,6 +94,9 @@ class MirrorDescent(Optimizer):
         maximize: ascend.
         dual_state: keep zeta. None: where grad h needs a solve (``forward_is_closed`` is False).
         anchor: ``"init"``, ``"zero"``, or ``"auto"``: init for an anchored map, zero for another.
+        rounding: of bfloat16 parameters: ``"nearest"``, which loses small steps where there is no
+            dual state, or ``"stochastic"``, which keeps their mean. It draws from torch's
+            generator: replicas of a model need the same seed.
         foreach: use multi-tensor kernels. None: when all parameters are on an accelerator.
         fused: take fused steps. None: where there are any, unless ``foreach`` is given or the step
             is compiled. True: an InputError where there are none.
@@ -121,6 +128,7 @@ class MirrorDescent(Optimizer):
         maximize: bool = False,
         dual_state: bool | None = None,
         anchor: str = "auto",
+        rounding: str = "nearest",
         foreach: bool | None = None,
         fused: bool | None = None,
         differentiable: bool = False,
@@ -135,6 +143,7 @@ class MirrorDescent(Optimizer):
             "maximize": maximize,
             "dual_state": dual_state,
             "anchor": anchor,
+            "rounding": rounding,
             "foreach": foreach,
             "fused": fused,
             "differentiable": differentiable,
@@ -181,12 +190,19 @@ class MirrorDescent(Optimizer):
     def _step(self) -> None:
         policy = self._nonfinite_policy()
         shared = meshes(p for group in self.param_groups for p in group["params"])
+        grad_scale, stop = self._from_scaler(shared)
+        if stop is not None and self._may_read(stop, policy):
+            if stop:
+                return
+            stop = None
         # A solve that fails in one process must not keep it from meeting the others: go on.
         failures: list[NewtonError] = []
-        lists = [x for x in _each(self._collect, self.param_groups, failures) if x.params]
-        fused, found_inf = self._fused_steps(lists, policy, shared)
+        lists = [x for x in attempt_each(self._collect, self.param_groups, failures) if x.params]
+        fused, found_inf = self._fused_steps(lists, policy, shared, grad_scale)
         unfused = [x for x, step in zip(lists, fused, strict=True) if step is None]
-        plans = _each(self._plan, unfused, failures)
+        plans = attempt_each(
+            functools.partial(self._plan, grad_scale=grad_scale), unfused, failures
+        )
         if failures and policy == "propagate":
             raise failures[0]
         keep = None
@@ -198,29 +214,41 @@ class MirrorDescent(Optimizer):
                 if not keep:
                     if policy == "skip":
                         return
-                    raise self._failure(failures, plans)
+                    raise failure(self.param_groups, plans, failures)
                 keep = None
+        if stop is not None:
+            keep = stop == 0 if keep is None else keep & (stop == 0).to(keep.device)
         for plan in plans:
             self._commit(plan, keep)
         if keep is not None and any(fused):
             stop = (~keep).float()
             found_inf = stop if found_inf is None else torch.maximum(found_inf, stop.to(found_inf))
         for step in filter(None, fused):
-            status = step.take(found_inf)
+            status = step.take(found_inf, grad_scale)
             if status not in (None, Status.CONVERGED):
                 raise NewtonError(status)
 
-    def _failure(self, failures: list[NewtonError], plans: list["_Plan"]) -> ArithmeticError:
-        """What a step that may not be taken raises."""
-        cause = _nonfinite_gradient(self.param_groups)
-        if cause is None and failures:
-            return failures[0]
-        error = FloatingPointError(cause or _nonfinite_result(plans))
-        error.__cause__ = failures[0] if failures else None
-        return error
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # GradScaler asks: where this is true it sets grad_scale and found_inf around a step instead
+        # of unscaling the gradients, in a pass of its own, and reading found_inf back.
+        return any(map(may_fuse, self.param_groups))
+
+    @staticmethod
+    def _may_read(flag: Tensor, policy: str) -> bool:
+        """Whether reading the flag back costs no synchronisation that the policy would not."""
+        on_cpu = flag.device.type == "cpu" and not torch.compiler.is_compiling()
+        return on_cpu or policy == "raise"
+
+    def _from_scaler(self, shared: list) -> tuple[Tensor | None, Tensor | None]:
+        """What GradScaler has set: the scale of the gradients, and a flag to skip the step."""
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and shared:
+            found_inf = 1 - agreed(found_inf == 0, shared).float()
+        return getattr(self, "grad_scale", None), found_inf
 
     def _fused_steps(
-        self, lists: list["_Lists"], policy: str, shared: list
+        self, lists: list[Lists], policy: str, shared: list, grad_scale: Tensor | None
     ) -> tuple[list[FusedStep | None], Tensor | None]:
         """The fused step of each group that has one, and the ``found_inf`` that stops them all."""
         if self.defaults["differentiable"]:
@@ -231,7 +259,7 @@ class MirrorDescent(Optimizer):
         asked = steps or (shared and any(map(may_fuse, self.param_groups)))
         if not asked or (elsewhere and policy == "propagate"):
             return fused, None
-        flags = [step.found_inf() for step in steps] or [torch.zeros(())]
+        flags = [step.found_inf(grad_scale) for step in steps] or [torch.zeros(())]
         found_inf = functools.reduce(torch.maximum, (flag.to(flags[0]) for flag in flags))
         if shared:
             found_inf = 1 - agreed(found_inf == 0, shared).float()
@@ -307,13 +335,13 @@ class MirrorDescent(Optimizer):
             else:
                 state["dual"], state["dual_init"] = torch.zeros_like(z), z
 
-    def _collect(self, group: Group) -> "_Lists":
+    def _collect(self, group: Group) -> Lists:
         lists: tuple[list, ...] = ([], [], [], [], [], [])
         slots: list[int] = []
         self._init_group(group, *lists, slots)
-        return _Lists(group, slots, *lists)
+        return Lists(group, slots, *lists)
 
-    def _plan(self, lists: "_Lists") -> "_Plan":
+    def _plan(self, lists: Lists, grad_scale: Tensor | None) -> Plan:
         """A group's step before it is taken."""
         group, slots, params, grads, buffers, anchors, dual_inits, duals = lists
         differentiable = self.defaults["differentiable"]
@@ -322,6 +350,8 @@ class MirrorDescent(Optimizer):
                 "differentiable=True cannot change a leaf tensor that requires grad: pass non-leaf "
                 "parameters, such as p.clone()"
             )
+        if grad_scale is not None:
+            grads = [g / grad_scale.to(g.device) for g in widened(grads)]
         foreach = group["foreach"]
         if foreach is None:
             _, foreach = _default_to_fused_or_foreach(params, differentiable)
@@ -342,10 +372,11 @@ class MirrorDescent(Optimizer):
             maximize=group["maximize"],
             foreach=foreach,
             differentiable=differentiable,
+            stochastic=group["rounding"] == "stochastic",
         )
-        return _Plan(group, foreach, slots, grads, Update(params, buffers, duals), new)
+        return Plan(group, foreach, slots, grads, Update(params, buffers, duals), new)
 
-    def _commit(self, plan: "_Plan", keep: Tensor | None) -> None:
+    def _commit(self, plan: Plan, keep: Tensor | None) -> None:
         """Takes the step, where ``keep`` (0-dim bool) says so; None: everywhere."""
         kinds = zip(("parameter", "momentum_buffer", "dual"), plan.old, plan.new, strict=True)
         for kind, old, new in kinds:
@@ -403,6 +434,7 @@ class MirrorDescent(Optimizer):
             group.setdefault("maximize", False)
             group.setdefault("dual_state", None)
             group.setdefault("anchor", "auto")
+            group.setdefault("rounding", "nearest")
             group.setdefault("foreach", None)
             group.setdefault("fused", None)
             for name in RUN_OPTIONS:
@@ -410,71 +442,3 @@ class MirrorDescent(Optimizer):
         if loading:
             adopt(self.param_groups, state["param_groups"], state["state"])
         super().__setstate__(state)
-
-
-def _each(function: Callable[[Any], Any], xs: list, failures: list[NewtonError]) -> list:
-    """The function of each x; of those whose solve fails, the error in ``failures`` instead."""
-    results = []
-    for x in xs:
-        try:
-            results.append(function(x))
-        except NewtonError as error:
-            failures.append(error)
-    return results
-
-
-class _Lists(NamedTuple):
-    """What a step of a group reads, one entry for each parameter that has a gradient."""
-
-    group: Group
-    slots: list[int]
-    params: Tensors
-    grads: Tensors
-    buffers: Tensors
-    anchors: Tensors
-    dual_inits: Tensors
-    duals: Tensors
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A group's step before it is taken."""
-
-    group: Group
-    foreach: bool
-    slots: list[int]
-    grads: Tensors
-    old: Update
-    new: Update
-
-    def outcome(self) -> Tensors:
-        """All that has to be finite for the step to be taken."""
-        # A gradient that is not finite shows in the momentum and in the dual state; where neither
-        # is kept, a map that saturates could hide it.
-        return [*self.new.params, *([*self.new.buffers, *self.new.duals] or self.grads)]
-
-
-_ADVICE = "nothing was changed: lower lr, clip the gradients, or pass nonfinite='skip'"
-
-
-def _nonfinite_gradient(groups: list[Group]) -> str | None:
-    """Names the first gradient that is not finite."""
-    for group in groups:
-        for slot, p in enumerate(group["params"]):
-            if p.grad is not None and p.numel() > 0 and not all_finite([local(p.grad)]):
-                return f"the gradient of {parameter_name(group, slot)} holds NaN or Inf; {_ADVICE}"
-    return None
-
-
-def _nonfinite_result(plans: list[_Plan]) -> str:
-    """Says where finite gradients led to a value that is not finite."""
-    for plan in plans:
-        for slot, old, new in zip(plan.slots, plan.old.params, plan.new.params, strict=True):
-            name = parameter_name(plan.group, slot)
-            if not all_finite([old]):
-                return f"{name} holds NaN or Inf already; {_ADVICE}"
-            if not all_finite([new]):
-                return f"the step of {name} leaves the range of {new.dtype}; {_ADVICE}"
-        if not all_finite([*plan.new.buffers, *plan.new.duals]):
-            return f"the momentum or the dual state overflows; {_ADVICE}"
-    return f"the step fails in another process that holds shards; {_ADVICE}"

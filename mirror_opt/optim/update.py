@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mirror_opt.maps import MirrorMap
+from mirror_opt.optim.rounding import round_stochastically
 from mirror_opt.optim.sharded import OnShards
 
 __all__ = ["Update", "all_finite", "mirror_descent", "through", "widened"]
@@ -42,6 +43,7 @@ def mirror_descent(
     maximize: bool,
     foreach: bool,
     differentiable: bool,
+    stochastic: bool = False,
 ) -> Update:
     r"""The equations of ``MirrorDescent`` for one parameter group.
 
@@ -51,6 +53,7 @@ def mirror_descent(
         anchors: phi_0; empty when the anchor is zero.
         dual_inits: z_0; empty when it is zero.
         duals: zeta = z - z_0; empty for a stateless step.
+        stochastic: round bfloat16 parameters stochastically.
         mirror_map: acts on ``count`` tensors, of which these are the ones at ``slots``.
 
     Returns:
@@ -87,9 +90,13 @@ def mirror_descent(
         xs = primal(duals) if duals else widened(params, copy=differentiable)
         zs = dual(scale(xs, 1 - lr * weight_decay) if weight_decay != 0 else xs)
     zs = add(zs, widened(directions), -lr)
-    return Update(
-        _as_dtype_of(params, primal(zs)), new_buffers, _as_dtype_of(duals, zs) if duals else []
-    )
+    xs = primal(zs)
+    if stochastic:
+        xs = [
+            round_stochastically(x) if p.dtype == torch.bfloat16 else x
+            for p, x in zip(params, xs, strict=True)
+        ]
+    return Update(_as_dtype_of(params, xs), new_buffers, _as_dtype_of(duals, zs) if duals else [])
 
 
 def through(
