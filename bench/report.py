@@ -262,6 +262,33 @@ def meta_overhead() -> str:
     return f"{table(head, body)}\n\n{circumstances(rows)}"
 
 
+@part("compiled-step")
+def compiled_step() -> str:
+    rows = read_rows("compiled_step")
+    if not rows:
+        return PENDING
+    rows = [r for r in rows if r["revision"] == rows[-1]["revision"]]
+    by = {(r["name"], r["what"], r["compiled"]): r for r in rows}
+
+    def cell(name: str, what: str, compiled: bool) -> str:
+        return f"{1e3 * by[name, what, compiled]['seconds']:.1f}"
+
+    body = [
+        [
+            name,
+            *(cell(name, what, compiled) for what in ("train", "step") for compiled in (False, True)),
+            str(by[name, "train", True]["graphs"]),
+        ]
+        for name in dict.fromkeys(r["name"] for r in rows)
+    ]
+    head = ["optimizer", "train step, eager", "compiled", "step alone, eager", "compiled", "graphs"]
+    count = rows[0]["parameters"]
+    return (
+        f"Milliseconds, medians; {count:,} parameters, one thread.\n\n"
+        f"{table(head, body)}\n\n{circumstances(rows)}"
+    )
+
+
 # Pictures and pages.
 
 

@@ -326,6 +326,19 @@ def a_step_that_fails_in_one_process_fails_in_all(world, folder):
 
 
 @check
+def a_step_that_the_scaler_skips_in_one_process_is_skipped_in_all(world, folder):
+    for fused in (None, False):
+        case = pair("separable", {}, mesh(world), [Shard(0)], lr=0.05, momentum=0.9, fused=fused)
+        step(0, *case)
+        other = case[-1]
+        before = [t.to_local() for t in snapshot(other)]
+        other.found_inf = torch.tensor(float(dist.get_rank() == 1))
+        other.step()
+        del other.found_inf
+        assert same([t.to_local() for t in snapshot(other)], before)
+
+
+@check
 def placements_that_are_not_supported_are_refused(world, folder):
     p = DTensor.from_local(torch.ones(4), mesh(world), [Partial()]).requires_grad_()
     with pytest.raises(InputError, match=r"parameter 0 of its group is placed as .*Partial"):
