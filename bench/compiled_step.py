@@ -15,7 +15,6 @@ import torch
 from fewshot import revision
 from results import add_rows
 from torch import nn
-from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from mirror_opt import MirrorDescent, maps
@@ -55,13 +54,11 @@ class Contender:
         self.lr = torch.tensor(1e-3)
         self.optimizer = make(self.model.parameters(), self.lr)
         self.x, self.y = torch.randn(BATCH, WIDTH), torch.randn(BATCH, WIDTH // 2)
-        before = counters["stats"]["unique_graphs"]
         self.train = torch.compile(self._train) if compiled else self._train
         self.step = torch.compile(self._step) if compiled else self._step
         for _ in range(3):
             self.timed(self.train)
             self.timed(self.step)
-        self.graphs = counters["stats"]["unique_graphs"] - before if compiled else 0
 
     def _train(self) -> None:
         self.optimizer.zero_grad()
@@ -94,7 +91,6 @@ def main() -> None:
                     "name": name,
                     "what": what,
                     "compiled": compiled,
-                    "graphs": contender.graphs,
                     "seconds": statistics.median(taken),
                     "p20": cuts[0],
                     "p80": cuts[3],

@@ -270,18 +270,14 @@ def compiled_step() -> str:
     rows = [r for r in rows if r["revision"] == rows[-1]["revision"]]
     by = {(r["name"], r["what"], r["compiled"]): r for r in rows}
 
-    def cell(name: str, what: str, compiled: bool) -> str:
-        return f"{1e3 * by[name, what, compiled]['seconds']:.1f}"
+    def cells(name: str, what: str) -> list[str]:
+        return [f"{1e3 * by[name, what, compiled]['seconds']:.1f}" for compiled in (False, True)]
 
     body = [
-        [
-            name,
-            *(cell(name, what, compiled) for what in ("train", "step") for compiled in (False, True)),
-            str(by[name, "train", True]["graphs"]),
-        ]
+        [name, *cells(name, "train"), *cells(name, "step")]
         for name in dict.fromkeys(r["name"] for r in rows)
     ]
-    head = ["optimizer", "train step, eager", "compiled", "step alone, eager", "compiled", "graphs"]
+    head = ["optimizer", "train step, eager", "compiled", "step alone, eager", "compiled"]
     count = rows[0]["parameters"]
     return (
         f"Milliseconds, medians; {count:,} parameters, one thread.\n\n"

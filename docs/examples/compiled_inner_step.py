@@ -2,8 +2,7 @@
 
     python docs/examples/compiled_inner_step.py
 
-One compiled graph serves all tasks, steps and meta-iterations: the first step, whose dual state
-needs no gradient yet, makes one graph, and the others make one.
+The graphs that the first tasks take serve all tasks, steps and meta-iterations.
 """
 
 from collections.abc import Callable
