@@ -344,6 +344,29 @@ def meta_overhead() -> str:
     return f"{table(head, body)}\n\n{circumstances(rows)}"
 
 
+@part("compiled-step")
+def compiled_step() -> str:
+    rows = read_rows("compiled_step")
+    if not rows:
+        return PENDING
+    rows = [r for r in rows if r["revision"] == rows[-1]["revision"]]
+    by = {(r["name"], r["what"], r["compiled"]): r for r in rows}
+
+    def cells(name: str, what: str) -> list[str]:
+        return [f"{1e3 * by[name, what, compiled]['seconds']:.1f}" for compiled in (False, True)]
+
+    body = [
+        [name, *cells(name, "train"), *cells(name, "step")]
+        for name in dict.fromkeys(r["name"] for r in rows)
+    ]
+    head = ["optimizer", "train step, eager", "compiled", "step alone, eager", "compiled"]
+    count = rows[0]["parameters"]
+    return (
+        f"Milliseconds, medians; {count:,} parameters, one thread.\n\n"
+        f"{table(head, body)}\n\n{circumstances(rows)}"
+    )
+
+
 # Pictures and pages.
 
 

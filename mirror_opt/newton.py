@@ -180,6 +180,7 @@ def _conjugate_gradients(
     return x
 
 
+@torch.compiler.disable  # a loop that asks numbers: traced, each of its lines would be a graph
 @torch.no_grad()
 def solve_convex(
     f: Callable[[Tensor], Tensor],

@@ -1,5 +1,6 @@
 """What the tests of the optimizer share: every registered map, off its identity start."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -7,6 +8,17 @@ from mirror_opt import maps
 
 CASES = [(name, options) for name, cls in maps.REGISTRY.items() for options in cls.variants]
 IDS = [f"{name}-{options}" for name, options in CASES]
+
+# torch's compiler imports modules of its own that torch deprecates, instantiates what is not to be,
+# and asks tensors of a graph for their gradients.
+COMPILER_WARNINGS = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
+        "`torch.jit:DeprecationWarning",
+        ".*should not be instantiated:DeprecationWarning",
+        "The .grad attribute of a Tensor that is not a leaf:UserWarning",
+    )
+]
 
 
 def start(name: str, options: dict, dtype=torch.float64, seed: int = 0) -> list[Tensor]:

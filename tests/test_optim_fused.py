@@ -5,15 +5,16 @@ import math
 
 import pytest
 import torch
-from optim_cases import descend, learned, snapshot, start
+from optim_cases import COMPILER_WARNINGS, descend, learned, snapshot, start
 
 from mirror_opt import backends, maps
 from mirror_opt.errors import InputError
 from mirror_opt.optim import MirrorDescent, fused
 
-pytestmark = pytest.mark.skipif(
-    backends.cpp.unavailable() is not None, reason="the CPU library is not built"
-)
+pytestmark = [
+    pytest.mark.skipif(backends.cpp.unavailable() is not None, reason="no CPU library is built"),
+    *COMPILER_WARNINGS,
+]
 
 VARIANTS = [v for v in maps.SeparableNeural.variants if v.get("sigma", "algebraic") == "algebraic"]
 
@@ -24,9 +25,9 @@ def taken(monkeypatch):
     steps = []
     take = fused.FusedStep.take
 
-    def record(self, found_inf):
+    def record(self, found_inf, grad_scale):
         steps.append(self)
-        return take(self, found_inf)
+        return take(self, found_inf, grad_scale)
 
     monkeypatch.setattr(fused.FusedStep, "take", record)
     return steps
@@ -160,8 +161,6 @@ def test_groups_step_together_or_not_at_all(taken):
     assert all(torch.equal(x, y) for x, y in zip(before, snapshot(optimizer), strict=True))
 
 
-# torch's compiler imports modules of its own that torch deprecates.
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_compiled_fused_step():
     ends = []
     for compiled in (False, True):

@@ -149,6 +149,13 @@ class MirrorMap(nn.Module):
         """Curves that show what was learned; empty for maps that learn no curve."""
         return []
 
+    def coupled(self, dims: int) -> tuple[int, ...]:
+        """The dimensions of a tensor, of ``dims`` in all, along which the map couples entries.
+
+        A process that holds a shard of a tensor needs these dimensions whole.
+        """
+        return ()
+
     # Input.
 
     def check(self, params: Sequence[Tensor]) -> None:

@@ -50,6 +50,9 @@ class MetaCurvature(OwningMap):
     def coefficients(self) -> list[tuple[tuple[Tensor, ...], tuple[int, ...]]]:
         return [(tuple(f), modes) for f, modes in zip(self.factors, self.modes, strict=True)]
 
+    def coupled(self, dims: int) -> tuple[int, ...]:
+        return tuple(range(dims))
+
     def _gradient_conjugate(self, z: Tensor, coefficient) -> Tensor:
         factors, modes = coefficient
         if not modes:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mirror_opt.errors import InputError
 from mirror_opt.maps.base import MirrorMap, OwningMap, register
-from mirror_opt.newton import solve_monotone
+from mirror_opt.newton import NewtonError, Status, solve_monotone
 
 __all__ = ["Diagonal", "Euclidean", "Hypentropy", "NegativeEntropy", "PNorm"]
 
@@ -86,22 +86,41 @@ def _power(r: Tensor, exponent: float) -> Tensor:
     return torch.where(zero, at_zero, torch.where(zero, 1, r) ** exponent)
 
 
+# An operator, so that torch.compile passes over the solve, whose length depends on the values.
+@torch.library.custom_op("mirror_opt::pnorm_root", mutates_args=())
+def _pnorm_root(t: Tensor, p: float, eps: float) -> tuple[Tensor, Tensor]:
+    """The root, and the status of the solve, 0-dim int32; NaN or Inf if it failed."""
+    if not t.numel():
+        return t.clone(), torch.zeros((), dtype=torch.int32)
+
+    def f(r: Tensor) -> tuple[Tensor, Tensor]:
+        r = r.clamp(min=0)
+        return r ** (p - 1) + eps * r, (p - 1) * r ** (p - 2) + eps
+
+    # Each term is at most the sum, which bounds the root from above.
+    upper = torch.minimum(t ** (1 / (p - 1)), t / eps)
+    solution = solve_monotone(f, t, torch.zeros_like(t), upper, start=upper)
+    root = solution.value.clamp(min=0)
+    if solution.status is Status.MAX_ITERATIONS:
+        root = torch.full_like(root, math.nan)
+    return root, torch.tensor(solution.status, dtype=torch.int32)
+
+
+@_pnorm_root.register_fake
+def _(t: Tensor, p: float, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(t), torch.empty((), dtype=torch.int32)
+
+
 class _PNormRoot(torch.autograd.Function):
     """The r >= 0 with r^(p-1) + eps r = t, for t >= 0 and eps > 0, with implicit derivatives."""
 
     @staticmethod
     def forward(t: Tensor, p: float, eps: float) -> Tensor:
-        if not t.numel():
-            return t.clone()
-
-        def f(r: Tensor) -> tuple[Tensor, Tensor]:
-            r = r.clamp(min=0)
-            return r ** (p - 1) + eps * r, (p - 1) * r ** (p - 2) + eps
-
-        # Each term is at most the sum, which bounds the root from above.
-        upper = torch.minimum(t ** (1 / (p - 1)), t / eps)
-        solution = solve_monotone(f, t, torch.zeros_like(t), upper, start=upper)
-        return solution.unwrap().clamp(min=0)
+        root, status = _pnorm_root(t, p, eps)
+        # Compiled code does not ask: what failed shows as NaN.
+        if not torch.compiler.is_compiling() and status != Status.CONVERGED:
+            raise NewtonError(Status(int(status)))
+        return root
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -232,6 +251,9 @@ class NegativeEntropy(MirrorMap):
         super().__init__()
         self.simplex = bool(simplex)
         self.domain = "simplex" if simplex else "positive"
+
+    def coupled(self, dims: int) -> tuple[int, ...]:
+        return (dims - 1,) if self.simplex and dims else ()
 
     def _gradient(self, x: Tensor, coefficient: None) -> Tensor:
         # An entry that underflowed to 0 would have a dual of -inf and never come back.

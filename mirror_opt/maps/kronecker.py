@@ -248,6 +248,10 @@ class KroneckerNeural(NeuralMap):
                 results[i] = y.reshape(xs[i].shape)
         return tuple(results)
 
+    def coupled(self, dims: int) -> tuple[int, ...]:
+        # Vectors are not, but a solve that fails must fail in every process that shares a tensor.
+        return tuple(range(dims))
+
     def calibrate(self, displacements: Sequence[Tensors]) -> None:
         for group, terms in zip(self.groups, self.coefficients(), strict=True):
             for member, i in enumerate(group.indices):

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from mirror_opt.errors import InputError
 from mirror_opt.maps import MirrorMap
 from mirror_opt.optim.options import Group, parameter_name, state_dtype
+from mirror_opt.optim.sharded import placed_as
 
 __all__ = ["adopt", "hide_state", "pack_maps"]
 
@@ -61,14 +62,16 @@ def adopt(mine: list[Group], groups: list[Group], state: State) -> None:
                         f"{shape and tuple(shape)}: load a checkpoint of the same model"
                     )
     for mirror_map, group in zip(maps, groups, strict=True):
-        mirror_map.load_state_dict(group["mirror_map"]["state"])
+        mine_now = mirror_map.state_dict()
+        saved = group["mirror_map"]["state"]
+        mirror_map.load_state_dict({k: placed_as(v, mine_now[k]) for k, v in saved.items()})
         group["mirror_map"] = mirror_map
         for p in dict.fromkeys(group["params"]):
             dtype = state_dtype(p, group)
             if p in state:
                 # A copy, since steps write in place and the checkpoint stays the caller's.
                 state[p] = {
-                    key: hidden.value.to(p.device, dtype, copy=True)
+                    key: placed_as(hidden.value.to(p.device, dtype, copy=True), p)
                     for key, hidden in state[p].items()
                 }
 

@@ -19,10 +19,11 @@ from mirror_opt.maps import MirrorMap, SeparableNeural
 from mirror_opt.newton import Status
 from mirror_opt.ops import exceeds, separable_step_
 from mirror_opt.optim.options import Group
+from mirror_opt.optim.sharded import local, on_shards
 from mirror_opt.optim.update import Tensors
 from mirror_opt.reference import Units
 
-__all__ = ["FusedStep", "fused_step"]
+__all__ = ["FusedStep", "fused_step", "may_fuse"]
 
 # |x| <= _BOUND, 1 / _SCALE <= gain <= _SCALE and lr <= _SCALE keep every result below 1e36.
 _BOUND, _SCALE = 1e15, 1e9
@@ -56,7 +57,7 @@ class FusedStep:
     def on_accelerator(self) -> bool:
         return self.params[0].device.type != "cpu"
 
-    def found_inf(self) -> Tensor:
+    def found_inf(self, grad_scale: Tensor | None) -> Tensor:
         """0 where the step cannot fail, else 1: 0-dim, on the device of the parameters."""
         lists = (self.grads, self.buffers, self.anchors, self.dual_inits, self.duals)
         read = [x for xs in lists for x in xs] + ([] if self.duals else self.params)
@@ -67,9 +68,11 @@ class FusedStep:
         else:
             large = lr * max(1.0, self.group["weight_decay"]) > _SCALE
         certain = self.coefficients.moderate and not half and not large
-        return exceeds(read, _BOUND if certain else -1.0)
+        flag = exceeds(read, _BOUND if certain else -1.0)
+        # A scale below 1 would make gradients larger than what was read.
+        return flag if grad_scale is None else torch.maximum(flag, (grad_scale < 1).to(flag))
 
-    def take(self, found_inf: Tensor | None) -> Status | None:
+    def take(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> Status | None:
         """Takes the step; the status, None on an accelerator and in compiled code."""
         group = self.group
         mirror_map = group["mirror_map"]
@@ -88,11 +91,21 @@ class FusedStep:
             nesterov=group["nesterov"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
+            grad_scale=grad_scale,
             found_inf=found_inf,
         )
         if self.on_accelerator or torch.compiler.is_compiling():
             return None
         return Status(int(status))
+
+
+def may_fuse(group: Group) -> bool:
+    """Whether the options of the group leave room for fused steps."""
+    if group["rounding"] == "stochastic":
+        return False
+    if group["fused"] is None:
+        return group["foreach"] is None and isinstance(group["mirror_map"], SeparableNeural)
+    return group["fused"]
 
 
 def fused_step(group: Group, slots: list[int], params: Tensors, grads: Tensors, *states: Tensors):
@@ -101,11 +114,12 @@ def fused_step(group: Group, slots: list[int], params: Tensors, grads: Tensors, 
     Raises:
         InputError: ``fused=True``, and there is none.
     """
-    if group["fused"] is False or (group["fused"] is None and group["foreach"] is not None):
+    if not may_fuse(group):
         return None
     reason = _refusal(group, params, grads)
     if reason is None:
-        return FusedStep(group, slots, params, grads, *states, _coefficients(group["mirror_map"]))
+        coefficients = _coefficients(group["mirror_map"], group["params"])
+        return FusedStep(group, slots, params, grads, *states, coefficients)
     if group["fused"]:
         raise InputError(f"fused=True cannot be served: {reason}; pass fused=None")
     return None
@@ -130,28 +144,29 @@ def _refusal(group: Group, params: Tensors, grads: Tensors) -> str | None:
 _cache: WeakKeyDictionary[MirrorMap, _Coefficients] = WeakKeyDictionary()
 
 
-def _coefficients(mirror_map: SeparableNeural) -> _Coefficients:
+def _coefficients(mirror_map: SeparableNeural, params: Tensors) -> _Coefficients:
     """The map's coefficients, computed anew only when its parameters have changed."""
     if torch.compiler.is_compiling():
-        return _compute(mirror_map, ())
+        return _compute(mirror_map, params, ())
     versions = tuple(
         (x._version, x.data_ptr())
         for tensor in mirror_map.tensors
         for x in (*tensor._parameters.values(), *tensor._buffers.values())
     )
+    versions += tuple(local(p).shape for p in params)
     cached = _cache.get(mirror_map)
     if cached is None or cached.versions != versions:
-        cached = _cache[mirror_map] = _compute(mirror_map, versions)
+        cached = _cache[mirror_map] = _compute(mirror_map, params, versions)
     return cached
 
 
 @torch.no_grad()
-def _compute(mirror_map: SeparableNeural, versions: tuple) -> _Coefficients:
+def _compute(mirror_map: SeparableNeural, params: Tensors, versions: tuple) -> _Coefficients:
     gains, units = [], []
-    for (gain, coefficients, _), shape in zip(
-        mirror_map.coefficients(), mirror_map.shapes, strict=True
+    for (gain, coefficients, _), p in zip(
+        on_shards(mirror_map, params).coefficients(), params, strict=True
     ):
-        gains.append(gain.expand(shape).contiguous())
+        gains.append(gain.expand(local(p).shape).contiguous())
         units.append(Units(*(x.reshape(len(x), math.prod(x.shape[1:])) for x in coefficients)))
     moderate = torch.compiler.is_compiling() or (
         not exceeds([*gains, *(1 / g for g in gains)], _SCALE)

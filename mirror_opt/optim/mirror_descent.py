@@ -2,8 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from mirror_opt.errors import InputError
 from mirror_opt.maps import Euclidean, MirrorMap
 from mirror_opt.newton import NewtonError, Status
 from mirror_opt.optim.checkpoint import adopt, hide_state, pack_maps
-from mirror_opt.optim.fused import FusedStep, fused_step
+from mirror_opt.optim.fused import FusedStep, fused_step, may_fuse
 from mirror_opt.optim.options import (
     RUN_OPTIONS,
     Group,
@@ -25,6 +24,8 @@ from mirror_opt.optim.options import (
     parameter_name,
     state_dtype,
 )
+from mirror_opt.optim.plan import Lists, Plan, attempt_each, failure
+from mirror_opt.optim.sharded import agreed, from_shard, gradient, local, meshes, on_shards
 from mirror_opt.optim.update import Tensors, Update, all_finite, mirror_descent, through, widened
 
 __all__ = ["MirrorDescent"]
@@ -61,10 +62,18 @@ class MirrorDescent(Optimizer):
     step is not compiled, else ``"skip"``. A Newton solve that fails has no result to store: its
     NewtonError (both errors are ArithmeticError) comes through unless the step is skipped.
 
+    **Loss scaling.** With ``torch.amp.GradScaler`` a step divides by the scale itself, in at least
+    float32, and leaves ``.grad`` scaled, where a fused step may be taken; else the scaler does it.
+    A step that the scaler skips changes nothing.
+
     **Fused.** For ``maps.SeparableNeural`` a step is one pass over memory, in place, by the backend
     that ``mirror_opt.use_backend`` chooses. Where it could fail (a magnitude beyond 1e15, and
     float16 always) the step is taken unfused; on an accelerator, where asking would synchronise, it
     is skipped, or with ``"propagate"`` taken except for the elements that fail.
+
+    **Sharded.** DTensor parameters (FSDP2, tensor parallelism) step on their local shards, with
+    DTensor state; a map gathers what it couples across a cut (``MirrorMap.coupled``). A step that
+    fails in one process fails in all, except with ``"propagate"``, which does not ask.
 
     **Differentiating through steps.** With ``differentiable=True`` gradients flow to the initial
     parameters, to earlier gradients, to a tensor ``lr`` and to the parameters of the map; pass
@@ -85,6 +94,9 @@ class MirrorDescent(Optimizer):
         maximize: ascend.
         dual_state: keep zeta. None: where grad h needs a solve (``forward_is_closed`` is False).
         anchor: ``"init"``, ``"zero"``, or ``"auto"``: init for an anchored map, zero for another.
+        rounding: of bfloat16 parameters: ``"nearest"``, which loses small steps where there is no
+            dual state, or ``"stochastic"``, which keeps their mean. It draws from torch's
+            generator: replicas of a model need the same seed.
         foreach: use multi-tensor kernels. None: when all parameters are on an accelerator.
         fused: take fused steps. None: where there are any, unless ``foreach`` is given or the step
             is compiled. True: an InputError where there are none.
@@ -116,6 +128,7 @@ class MirrorDescent(Optimizer):
         maximize: bool = False,
         dual_state: bool | None = None,
         anchor: str = "auto",
+        rounding: str = "nearest",
         foreach: bool | None = None,
         fused: bool | None = None,
         differentiable: bool = False,
@@ -130,6 +143,7 @@ class MirrorDescent(Optimizer):
             "maximize": maximize,
             "dual_state": dual_state,
             "anchor": anchor,
+            "rounding": rounding,
             "foreach": foreach,
             "fused": fused,
             "differentiable": differentiable,
@@ -175,41 +189,66 @@ class MirrorDescent(Optimizer):
 
     def _step(self) -> None:
         policy = self._nonfinite_policy()
-        try:
-            lists = [self._collect(group) for group in self.param_groups]
-            lists = [x for x in lists if x.params]
-            fused, found_inf = self._fused_steps(lists, policy)
-            plans = [self._plan(x) for x, step in zip(lists, fused, strict=True) if step is None]
-        except NewtonError as error:
-            if policy == "skip":
+        shared = meshes(p for group in self.param_groups for p in group["params"])
+        grad_scale, stop = self._from_scaler(shared)
+        if stop is not None and self._may_read(stop, policy):
+            if stop:
                 return
-            cause = _nonfinite_gradient(self.param_groups) if policy == "raise" else None
-            if cause is not None:
-                raise FloatingPointError(cause) from error
-            raise
+            stop = None
+        # A solve that fails in one process must not keep it from meeting the others: go on.
+        failures: list[NewtonError] = []
+        lists = [x for x in attempt_each(self._collect, self.param_groups, failures) if x.params]
+        fused, found_inf = self._fused_steps(lists, policy, shared, grad_scale)
+        unfused = [x for x, step in zip(lists, fused, strict=True) if step is None]
+        plans = attempt_each(
+            functools.partial(self._plan, grad_scale=grad_scale), unfused, failures
+        )
+        if failures and policy == "propagate":
+            raise failures[0]
         keep = None
-        if plans and policy != "propagate":
+        if (plans or failures or shared) and policy != "propagate":
             keep = all_finite([t for plan in plans for t in plan.outcome()])
+            keep = agreed(torch.zeros_like(keep) if failures else keep, shared)
             # A select would let autograd multiply the NaN that it hides by zero: there, ask.
-            if policy == "raise" or self.defaults["differentiable"]:
+            if policy == "raise" or self.defaults["differentiable"] or failures:
                 if not keep:
                     if policy == "skip":
                         return
-                    cause = _nonfinite_gradient(self.param_groups)
-                    raise FloatingPointError(cause or _nonfinite_result(plans))
+                    raise failure(self.param_groups, plans, failures)
                 keep = None
+        if stop is not None:
+            keep = stop == 0 if keep is None else keep & (stop == 0).to(keep.device)
         for plan in plans:
             self._commit(plan, keep)
         if keep is not None and any(fused):
             stop = (~keep).float()
             found_inf = stop if found_inf is None else torch.maximum(found_inf, stop.to(found_inf))
         for step in filter(None, fused):
-            status = step.take(found_inf)
+            status = step.take(found_inf, grad_scale)
             if status not in (None, Status.CONVERGED):
                 raise NewtonError(status)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # GradScaler asks: where this is true it sets grad_scale and found_inf around a step instead
+        # of unscaling the gradients, in a pass of its own, and reading found_inf back.
+        return any(map(may_fuse, self.param_groups))
+
+    @staticmethod
+    def _may_read(flag: Tensor, policy: str) -> bool:
+        """Whether reading the flag back costs no synchronisation that the policy would not."""
+        on_cpu = flag.device.type == "cpu" and not torch.compiler.is_compiling()
+        return on_cpu or policy == "raise"
+
+    def _from_scaler(self, shared: list) -> tuple[Tensor | None, Tensor | None]:
+        """What GradScaler has set: the scale of the gradients, and a flag to skip the step."""
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and shared:
+            found_inf = 1 - agreed(found_inf == 0, shared).float()
+        return getattr(self, "grad_scale", None), found_inf
+
     def _fused_steps(
-        self, lists: list["_Lists"], policy: str
+        self, lists: list[Lists], policy: str, shared: list, grad_scale: Tensor | None
     ) -> tuple[list[FusedStep | None], Tensor | None]:
         """The fused step of each group that has one, and the ``found_inf`` that stops them all."""
         if self.defaults["differentiable"]:
@@ -217,10 +256,13 @@ class MirrorDescent(Optimizer):
         fused = [fused_step(*x) for x in lists]
         steps = [step for step in fused if step is not None]
         elsewhere = torch.compiler.is_compiling() or any(step.on_accelerator for step in steps)
-        if not steps or (elsewhere and policy == "propagate"):
+        asked = steps or (shared and any(map(may_fuse, self.param_groups)))
+        if not asked or (elsewhere and policy == "propagate"):
             return fused, None
-        flags = [step.found_inf() for step in steps]
+        flags = [step.found_inf(grad_scale) for step in steps] or [torch.zeros(())]
         found_inf = functools.reduce(torch.maximum, (flag.to(flags[0]) for flag in flags))
+        if shared:
+            found_inf = 1 - agreed(found_inf == 0, shared).float()
         if elsewhere:
             return fused, found_inf
         # Where a step could fail, take the one that can be undone.
@@ -256,47 +298,50 @@ class MirrorDescent(Optimizer):
                     "dense (sparse=False in an embedding), or give it to torch.optim.SparseAdam"
                 )
             slots.append(slot)
-            params.append(p)
-            grads.append(p.grad)
+            params.append(local(p))
+            grads.append(local(gradient(p)))
             state, dtype = self.state[p], state_dtype(p, group)
             if group["momentum"] != 0:
                 # Zeros make mu 0 + g = g of the first step, as SGD's special case does.
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)
-                buffers.append(state["momentum_buffer"])
+                buffers.append(local(state["momentum_buffer"]))
             if anchored:
                 if "anchor" not in state:
                     state["anchor"] = p.to(dtype, copy=True)
-                anchors.append(state["anchor"])
+                anchors.append(local(state["anchor"]))
         if keeps_dual(group):
             self._init_dual(group, params, anchors, slots)
-            duals.extend(self.state[p]["dual"] for p in params)
+            states = [self.state[group["params"][slot]] for slot in slots]
+            duals.extend(local(state["dual"]) for state in states)
             if not anchored:
-                dual_inits.extend(self.state[p]["dual_init"] for p in params)
+                dual_inits.extend(local(state["dual_init"]) for state in states)
 
     def _init_dual(self, group: Group, params: Tensors, anchors: Tensors, slots: list[int]) -> None:
-        missing = [i for i, p in enumerate(params) if "dual" not in self.state[p]]
+        whole = [group["params"][slot] for slot in slots]
+        missing = [i for i, p in enumerate(whole) if "dual" not in self.state[p]]
         if not missing:
             return
         xs = widened([params[i] for i in missing], copy=True)
         if anchors:
             xs = [x - anchors[i] for x, i in zip(xs, missing, strict=True)]
         slots = [slots[i] for i in missing]
-        zs = through(group["mirror_map"], xs, slots, len(group["params"]))
+        mirror_map = on_shards(group["mirror_map"], group["params"])
+        zs = through(mirror_map, xs, slots, len(group["params"]))
         for i, z in zip(missing, zs, strict=True):
-            state = self.state[params[i]]
+            state, z = self.state[whole[i]], from_shard(z, whole[i])
             if anchors:  # z of a displacement is a displacement already: z_0 is zero
                 state["dual"] = z
             else:
                 state["dual"], state["dual_init"] = torch.zeros_like(z), z
 
-    def _collect(self, group: Group) -> "_Lists":
+    def _collect(self, group: Group) -> Lists:
         lists: tuple[list, ...] = ([], [], [], [], [], [])
         slots: list[int] = []
         self._init_group(group, *lists, slots)
-        return _Lists(group, slots, *lists)
+        return Lists(group, slots, *lists)
 
-    def _plan(self, lists: "_Lists") -> "_Plan":
+    def _plan(self, lists: Lists, grad_scale: Tensor | None) -> Plan:
         """A group's step before it is taken."""
         group, slots, params, grads, buffers, anchors, dual_inits, duals = lists
         differentiable = self.defaults["differentiable"]
@@ -305,6 +350,8 @@ class MirrorDescent(Optimizer):
                 "differentiable=True cannot change a leaf tensor that requires grad: pass non-leaf "
                 "parameters, such as p.clone()"
             )
+        if grad_scale is not None:
+            grads = [g / grad_scale.to(g.device) for g in widened(grads)]
         foreach = group["foreach"]
         if foreach is None:
             _, foreach = _default_to_fused_or_foreach(params, differentiable)
@@ -315,7 +362,7 @@ class MirrorDescent(Optimizer):
             anchors,
             dual_inits,
             duals,
-            mirror_map=group["mirror_map"],
+            mirror_map=on_shards(group["mirror_map"], group["params"]),
             slots=slots,
             count=len(group["params"]),
             lr=group["lr"],
@@ -325,10 +372,11 @@ class MirrorDescent(Optimizer):
             maximize=group["maximize"],
             foreach=foreach,
             differentiable=differentiable,
+            stochastic=group["rounding"] == "stochastic",
         )
-        return _Plan(group, foreach, slots, grads, Update(params, buffers, duals), new)
+        return Plan(group, foreach, slots, grads, Update(params, buffers, duals), new)
 
-    def _commit(self, plan: "_Plan", keep: Tensor | None) -> None:
+    def _commit(self, plan: Plan, keep: Tensor | None) -> None:
         """Takes the step, where ``keep`` (0-dim bool) says so; None: everywhere."""
         kinds = zip(("parameter", "momentum_buffer", "dual"), plan.old, plan.new, strict=True)
         for kind, old, new in kinds:
@@ -386,6 +434,7 @@ class MirrorDescent(Optimizer):
             group.setdefault("maximize", False)
             group.setdefault("dual_state", None)
             group.setdefault("anchor", "auto")
+            group.setdefault("rounding", "nearest")
             group.setdefault("foreach", None)
             group.setdefault("fused", None)
             for name in RUN_OPTIONS:
@@ -393,58 +442,3 @@ class MirrorDescent(Optimizer):
         if loading:
             adopt(self.param_groups, state["param_groups"], state["state"])
         super().__setstate__(state)
-
-
-class _Lists(NamedTuple):
-    """What a step of a group reads, one entry for each parameter that has a gradient."""
-
-    group: Group
-    slots: list[int]
-    params: Tensors
-    grads: Tensors
-    buffers: Tensors
-    anchors: Tensors
-    dual_inits: Tensors
-    duals: Tensors
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A group's step before it is taken."""
-
-    group: Group
-    foreach: bool
-    slots: list[int]
-    grads: Tensors
-    old: Update
-    new: Update
-
-    def outcome(self) -> Tensors:
-        """All that has to be finite for the step to be taken."""
-        # A gradient that is not finite shows in the momentum and in the dual state; where neither
-        # is kept, a map that saturates could hide it.
-        return [*self.new.params, *([*self.new.buffers, *self.new.duals] or self.grads)]
-
-
-_ADVICE = "nothing was changed: lower lr, clip the gradients, or pass nonfinite='skip'"
-
-
-def _nonfinite_gradient(groups: list[Group]) -> str | None:
-    """Names the first gradient that is not finite."""
-    for group in groups:
-        for slot, p in enumerate(group["params"]):
-            if p.grad is not None and p.numel() > 0 and not all_finite([p.grad]):
-                return f"the gradient of {parameter_name(group, slot)} holds NaN or Inf; {_ADVICE}"
-    return None
-
-
-def _nonfinite_result(plans: list[_Plan]) -> str:
-    """Says where finite gradients led to a value that is not finite."""
-    for plan in plans:
-        for slot, old, new in zip(plan.slots, plan.old.params, plan.new.params, strict=True):
-            name = parameter_name(plan.group, slot)
-            if not all_finite([old]):
-                return f"{name} holds NaN or Inf already; {_ADVICE}"
-            if not all_finite([new]):
-                return f"the step of {name} leaves the range of {new.dtype}; {_ADVICE}"
-    return f"the momentum or the dual state overflows; {_ADVICE}"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mirror_opt.errors import InputError
 from mirror_opt.maps import MirrorMap
+from mirror_opt.optim.sharded import check_placements, is_sharded, whole
 
 __all__ = [
     "RUN_OPTIONS",
@@ -32,6 +33,7 @@ _CHOICES: dict[str, tuple] = {
     "maximize": (True, False),
     "dual_state": (True, False, None),
     "anchor": ("auto", "init", "zero"),
+    "rounding": ("nearest", "stochastic"),
     "foreach": (True, False, None),
     "fused": (True, False, None),
     "differentiable": (True, False),
@@ -84,6 +86,9 @@ def check_options(options: Group) -> None:
     if options["fused"] and (options["foreach"] or options["differentiable"]):
         other = "foreach" if options["foreach"] else "differentiable"
         raise InputError(f"Invalid fused=True with {other}=True: pass one of them")
+    if options["rounding"] == "stochastic" and (options["fused"] or options["differentiable"]):
+        other = "fused" if options["fused"] else "differentiable"
+        raise InputError(f"Invalid rounding='stochastic' with {other}=True: pass {other}=False")
     if not isinstance(options["mirror_map"], MirrorMap):
         raise InputError(
             f"Invalid mirror_map={options['mirror_map']!r}: pass an instance of a map in "
@@ -106,8 +111,17 @@ def check_group(group: Group, defaults: Group) -> None:
                 f"{parameter_name(group, slot)} is {p.dtype}: pass float16, bfloat16, float32 or "
                 "float64, and for complex numbers a parameter whose view_as_complex is used"
             )
+        if group["rounding"] == "stochastic" and p.dtype == torch.float16:
+            raise InputError(
+                f"Invalid rounding='stochastic' for {parameter_name(group, slot)}, which is "
+                "float16: pass bfloat16 parameters, or dual_state=True"
+            )
+    check_placements(group["params"])
+    if group["differentiable"] and any(map(is_sharded, group["params"])):
+        raise InputError("Invalid differentiable=True with DTensor parameters: pass plain tensors")
     mirror_map = group["mirror_map"]
-    mirror_map.check(group["params"])
+    bounded = mirror_map.domain != "reals"
+    mirror_map.check([whole(p.detach()) if bounded else p for p in group["params"]])
     if is_anchored(group) and mirror_map.domain != "reals":
         raise InputError(
             f"Invalid anchor={group['anchor']!r} for {type(mirror_map).__name__}: displacements "

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from mirror_opt.maps import MirrorMap
+from mirror_opt.optim.rounding import round_stochastically
+from mirror_opt.optim.sharded import OnShards
 
 __all__ = ["Update", "all_finite", "mirror_descent", "through", "widened"]
 
@@ -31,7 +33,7 @@ def mirror_descent(
     dual_inits: Tensors,
     duals: Tensors,
     *,
-    mirror_map: MirrorMap,
+    mirror_map: MirrorMap | OnShards,
     slots: list[int],
     count: int,
     lr: float | Tensor,
@@ -41,6 +43,7 @@ def mirror_descent(
     maximize: bool,
     foreach: bool,
     differentiable: bool,
+    stochastic: bool = False,
 ) -> Update:
     r"""The equations of ``MirrorDescent`` for one parameter group.
 
@@ -50,6 +53,7 @@ def mirror_descent(
         anchors: phi_0; empty when the anchor is zero.
         dual_inits: z_0; empty when it is zero.
         duals: zeta = z - z_0; empty for a stateless step.
+        stochastic: round bfloat16 parameters stochastically.
         mirror_map: acts on ``count`` tensors, of which these are the ones at ``slots``.
 
     Returns:
@@ -86,9 +90,13 @@ def mirror_descent(
         xs = primal(duals) if duals else widened(params, copy=differentiable)
         zs = dual(scale(xs, 1 - lr * weight_decay) if weight_decay != 0 else xs)
     zs = add(zs, widened(directions), -lr)
-    return Update(
-        _as_dtype_of(params, primal(zs)), new_buffers, _as_dtype_of(duals, zs) if duals else []
-    )
+    xs = primal(zs)
+    if stochastic:
+        xs = [
+            round_stochastically(x) if p.dtype == torch.bfloat16 else x
+            for p, x in zip(params, xs, strict=True)
+        ]
+    return Update(_as_dtype_of(params, xs), new_buffers, _as_dtype_of(duals, zs) if duals else [])
 
 
 def through(
@@ -113,7 +121,10 @@ def widened(xs: Tensors, copy: bool = False) -> Tensors:
 
 def all_finite(tensors: Tensors) -> Tensor:
     """0-dim bool, on the device of the first tensor: whether all entries are finite."""
-    tensors = [t.detach() for t in tensors]
+    device = tensors[0].device if tensors else None
+    tensors = [t.detach() for t in tensors if t.numel()]
+    if not tensors:
+        return torch.ones((), dtype=torch.bool, device=device)
     if all(t.device.type == "cpu" for t in tensors):
         # Both propagate NaN; here aminmax is the faster by far, on a GPU the multi-tensor norm.
         extremes = [extreme for t in tensors for extreme in torch.aminmax(t)]
@@ -121,7 +132,6 @@ def all_finite(tensors: Tensors) -> Tensor:
         extremes = torch._foreach_norm(tensors, ord=math.inf)
     # Comparable in one call each: one device, and a dtype that holds every value.
     dtype = functools.reduce(torch.promote_types, {t.dtype for t in tensors})
-    device = tensors[0].device
     return torch.stack([extreme.to(device, dtype) for extreme in extremes]).isfinite().all()
 
 

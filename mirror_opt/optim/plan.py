@@ -1,0 +1,90 @@
+"""What a step of a parameter group reads and would write, and what is said where it may not."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from mirror_opt.newton import NewtonError
+from mirror_opt.optim.options import Group, parameter_name
+from mirror_opt.optim.sharded import local
+from mirror_opt.optim.update import Tensors, Update, all_finite
+
+__all__ = ["Lists", "Plan", "attempt_each", "failure"]
+
+
+class Lists(NamedTuple):
+    """What a step of a group reads, one entry for each parameter that has a gradient."""
+
+    group: Group
+    slots: list[int]
+    params: Tensors
+    grads: Tensors
+    buffers: Tensors
+    anchors: Tensors
+    dual_inits: Tensors
+    duals: Tensors
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A group's step before it is taken."""
+
+    group: Group
+    foreach: bool
+    slots: list[int]
+    grads: Tensors
+    old: Update
+    new: Update
+
+    def outcome(self) -> Tensors:
+        """All that has to be finite for the step to be taken."""
+        # A gradient that is not finite shows in the momentum and in the dual state; where neither
+        # is kept, a map that saturates could hide it.
+        return [*self.new.params, *([*self.new.buffers, *self.new.duals] or self.grads)]
+
+
+def attempt_each(function: Callable[[Any], Any], xs: list, failures: list[NewtonError]) -> list:
+    """The function of each x; of those whose solve fails, the error in ``failures`` instead."""
+    results = []
+    for x in xs:
+        try:
+            results.append(function(x))
+        except NewtonError as error:
+            failures.append(error)
+    return results
+
+
+_ADVICE = "nothing was changed: lower lr, clip the gradients, or pass nonfinite='skip'"
+
+
+def failure(groups: list[Group], plans: list[Plan], failures: list[NewtonError]) -> ArithmeticError:
+    """The error of a step that may not be taken."""
+    cause = _nonfinite_gradient(groups)
+    if cause is None and failures:
+        return failures[0]
+    error = FloatingPointError(cause or _nonfinite_result(plans))
+    error.__cause__ = failures[0] if failures else None
+    return error
+
+
+def _nonfinite_gradient(groups: list[Group]) -> str | None:
+    """Names the first gradient that is not finite."""
+    for group in groups:
+        for slot, p in enumerate(group["params"]):
+            if p.grad is not None and p.numel() > 0 and not all_finite([local(p.grad)]):
+                return f"the gradient of {parameter_name(group, slot)} holds NaN or Inf; {_ADVICE}"
+    return None
+
+
+def _nonfinite_result(plans: list[Plan]) -> str:
+    """Says where finite gradients led to a value that is not finite."""
+    for plan in plans:
+        for slot, old, new in zip(plan.slots, plan.old.params, plan.new.params, strict=True):
+            name = parameter_name(plan.group, slot)
+            if not all_finite([old]):
+                return f"{name} holds NaN or Inf already; {_ADVICE}"
+            if not all_finite([new]):
+                return f"the step of {name} leaves the range of {new.dtype}; {_ADVICE}"
+        if not all_finite([*plan.new.buffers, *plan.new.duals]):
+            return f"the momentum or the dual state overflows; {_ADVICE}"
+    return f"the step fails in another process that holds shards; {_ADVICE}"

@@ -1,0 +1,197 @@
+"""Parameters that are spread over processes (``DTensor``): what a step does with the shards.
+
+FSDP2 and tensor parallelism make parameters DTensors. All of a step but its map is elementwise and
+runs on the local shards, and so does the map where it couples no entries across a cut. A tensor
+that is cut along a dimension that the map couples (``MirrorMap.coupled``) is gathered along that
+dimension, on its way into the map only, and each process keeps its shard of what comes out.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from mirror_opt.errors import InputError
+from mirror_opt.maps import MirrorMap
+
+__all__ = [
+    "OnShards",
+    "agreed",
+    "check_placements",
+    "from_shard",
+    "gradient",
+    "is_sharded",
+    "local",
+    "meshes",
+    "on_shards",
+    "placed_as",
+    "whole",
+]
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether x is a DTensor."""
+    if type(x) in (Tensor, nn.Parameter) or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor  # half a second, for those who need it
+
+    return isinstance(x, DTensor)
+
+
+def local(x: Tensor) -> Tensor:
+    """The shard that this process holds, in the same memory; of a plain tensor itself."""
+    return x.to_local() if is_sharded(x) else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """The tensor of all processes; of a plain tensor itself."""
+    return x.full_tensor() if is_sharded(x) else x
+
+
+def placed_as(x: Tensor, p: Tensor) -> Tensor:
+    """A tensor in the shape of p, spread as p is."""
+    if not is_sharded(p):
+        return whole(x)
+    if not is_sharded(x):
+        x = _on_mesh(x, p, _replicated(p))
+    return x.redistribute(p.device_mesh, p.placements)
+
+
+def from_shard(x: Tensor, p: Tensor) -> Tensor:
+    """The tensor in the shape of p whose local shard is x; of a plain tensor x itself."""
+    return _on_mesh(x, p, p.placements) if is_sharded(p) else x
+
+
+def gradient(p: Tensor) -> Tensor:
+    """The gradient of p, spread as p is, or as it is where it is sparse."""
+    if not is_sharded(p) or p.grad.layout != torch.strided:
+        return p.grad
+    return placed_as(p.grad, p)
+
+
+def check_placements(params: Iterable[Tensor]) -> None:
+    """Raises InputError for a parameter that is placed in a way that steps do not support."""
+    for i, p in enumerate(params):
+        for placement in p.placements if is_sharded(p) else ():
+            if not (placement.is_replicate() or _is_cut(placement)):
+                raise InputError(
+                    f"parameter {i} of its group is placed as {tuple(p.placements)}: pass one "
+                    "whose placements are Shard or Replicate, as redistribute() makes it"
+                )
+
+
+def meshes(params: Iterable[Tensor]) -> list:
+    """The device meshes of the parameters, each once."""
+    return list(dict.fromkeys(p.device_mesh for p in params if is_sharded(p)))
+
+
+def agreed(flag: Tensor, meshes: Iterable) -> Tensor:
+    """Whether the flag (0-dim bool) is set in every process of the meshes."""
+    for mesh in meshes:
+        count = flag.to(mesh.device_type, torch.int32)
+        for group in mesh.get_all_groups():
+            torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MIN, group)
+        flag = count.bool()
+    return flag
+
+
+class OnShards:
+    """A mirror map as a function of the local shards of its tensors.
+
+    Args:
+        mirror_map: the map of the whole tensors, whose own tensors every process holds.
+        params: one parameter for each of its tensors, some of them DTensors.
+    """
+
+    def __init__(self, mirror_map: MirrorMap, params: Sequence[Tensor]):
+        self._map, self._params = mirror_map, params
+        # For each tensor, how it is placed when it goes into the map.
+        self._inside = [
+            _uncut(p, mirror_map.coupled(p.dim())) if is_sharded(p) else None for p in params
+        ]
+
+    def __call__(self, xs: Sequence[Tensor | None], coefficients: Any = None) -> list:
+        return self._apply(self._map, xs, coefficients)
+
+    def inverse(self, zs: Sequence[Tensor | None], coefficients: Any = None) -> list:
+        return self._apply(self._map.inverse, zs, coefficients)
+
+    def coefficients(self) -> Sequence[Any] | None:
+        """Those of the map, each with the part that its tensor's shard meets."""
+        coefficients = self._map.coefficients()
+        if coefficients is None:
+            return None
+        return [
+            c if at is None else tree_map_only(Tensor, functools.partial(_part, p=p, at=at), c)
+            for c, p, at in zip(coefficients, self._params, self._inside, strict=True)
+        ]
+
+    def _apply(self, function: Callable, xs: Sequence[Tensor | None], coefficients: Any) -> list:
+        coefficients = self.coefficients() if coefficients is None else coefficients
+        moves = list(zip(self._params, self._inside, strict=True))
+        # All of them before the map runs, and so in every process, whatever the map then raises.
+        xs = [_moved(x, p, p.placements, to) if _is_moved(x, p, to) else x
+              for x, (p, to) in zip(xs, moves, strict=True)]  # fmt: skip
+        ys = function(xs, coefficients)
+        return [_moved(y, p, to, p.placements) if _is_moved(y, p, to) else y
+                for y, (p, to) in zip(ys, moves, strict=True)]  # fmt: skip
+
+
+def on_shards(mirror_map: MirrorMap, params: Sequence[Tensor]) -> MirrorMap | OnShards:
+    """The map as a function of local shards: itself where no parameter is a DTensor."""
+    return OnShards(mirror_map, params) if any(map(is_sharded, params)) else mirror_map
+
+
+def _is_cut(placement: Any) -> bool:
+    from torch.distributed.tensor.placement_types import Shard, _StridedShard
+
+    return isinstance(placement, Shard | _StridedShard)  # the latter: FSDP2 over tensor parallelism
+
+
+def _replicated(p: Tensor) -> list:
+    from torch.distributed.tensor import Replicate
+
+    return [Replicate()] * p.device_mesh.ndim
+
+
+def _uncut(p: Tensor, dims: Sequence[int]) -> tuple:
+    """The placements of p with none that cuts these dimensions."""
+    pairs = zip(p.placements, _replicated(p), strict=True)
+    return tuple(r if _is_cut(q) and q.dim in dims else q for q, r in pairs)
+
+
+def _is_moved(x: Tensor | None, p: Tensor, inside: tuple | None) -> bool:
+    return x is not None and inside is not None and inside != tuple(p.placements)
+
+
+def _moved(x: Tensor, p: Tensor, before: Sequence, after: Sequence) -> Tensor:
+    """The shard, once placed otherwise, of the tensor in the shape of p whose shard is x."""
+    return _on_mesh(x, p, before).redistribute(placements=after).to_local()
+
+
+def _on_mesh(x: Tensor, p: Tensor, placements: Sequence) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        x, p.device_mesh, placements, run_check=False, shape=p.shape, stride=p.stride()
+    )
+
+
+def _part(x: Tensor, p: Tensor, at: Sequence) -> Tensor:
+    """What p, placed so, meets of a coefficient ``(*lead, *)`` with ``(*)`` broadcastable to p."""
+    from torch.distributed.tensor import DTensor
+
+    if not any(map(_is_cut, at)):
+        return whole(x)
+    pairs = zip(at, _replicated(p), strict=True)
+    lead = x.dim() - p.dim()
+    own = [q if _is_cut(q) and x.shape[lead + q.dim] > 1 else r for q, r in pairs]
+    if is_sharded(x):  # made from p, and so in its shape
+        return x.redistribute(placements=own).to_local()
+    first, last = list(range(lead)), list(range(-lead, 0))
+    x = x.movedim(first, last)
+    x = DTensor.from_local(x, p.device_mesh, _replicated(p), run_check=False)
+    return x.redistribute(placements=own).to_local().movedim(last, first)

@@ -1,0 +1,397 @@
+"""What the tests of sharded parameters run in every process of a group."""
+
+import contextlib
+import datetime
+import io
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from optim_cases import CASES, learned, same, snapshot
+from torch import distributed as dist
+from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    init_device_mesh,
+)
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from mirror_opt import MirrorDescent, backends, maps
+from mirror_opt.errors import InputError
+
+CHECKS = {}
+SHAPES = ((5, 4), (3,), (2, 3, 2), ())  # uneven over 2 and 4; one has an empty shard over 4
+
+
+def check(function):
+    CHECKS[function.__name__] = function
+    return function
+
+
+def work(rank: int, world: int, folder: str) -> None:
+    """Runs every check, and writes how each ended: empty, or a traceback."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous-{world}", rank=rank, world_size=world,
+        timeout=datetime.timedelta(seconds=60),
+    )  # fmt: skip
+    for name, function in CHECKS.items():
+        try:
+            function(world, Path(folder))
+            outcome = ""
+        except BaseException:
+            outcome = traceback.format_exc()
+        Path(folder, f"{name}-{world}-{rank}").write_text(outcome)
+    dist.destroy_process_group()
+
+
+def mesh(world: int):
+    return init_device_mesh("cpu", (world,))
+
+
+def square(world: int):
+    return init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
+
+
+def values(seed=0, shapes=SHAPES, dtype=torch.float64):
+    """Tensors inside the domain of every map."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(s, generator=generator, dtype=dtype).softmax(-1) for s in shapes]
+
+
+def spread(tensors, device_mesh, placements):
+    """As DTensors, each cut along the dimensions that it has."""
+    def fitting(x, placement):
+        return placement if placement.is_replicate() or placement.dim < x.dim() else Replicate()
+
+    return [
+        distribute_tensor(x, device_mesh, [fitting(x, q) for q in placements]) for x in tensors
+    ]
+
+
+def pair(name, options, device_mesh, placements, shapes=SHAPES, dtype=torch.float64, **settings):
+    """An optimizer of plain parameters, and the same of sharded ones."""
+    plain = [x.requires_grad_() for x in values(shapes=shapes, dtype=dtype)]
+    shards = spread(values(shapes=shapes, dtype=dtype), device_mesh, placements)
+    shards = [x.requires_grad_() for x in shards]
+    optimizers = [
+        MirrorDescent(params, mirror_map=learned(name, values(shapes=shapes, dtype=dtype), options),
+                      **settings)
+        for params in (plain, shards)
+    ]  # fmt: skip
+    return plain, shards, *optimizers
+
+
+def give(k, plain, shards):
+    generator = torch.Generator().manual_seed(100 + k)
+    for p, q in zip(plain, shards, strict=True):
+        p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        q.grad = distribute_tensor(p.grad, q.device_mesh, q.placements)
+
+
+def step(k, plain, shards, one, other):
+    give(k, plain, shards)
+    one.step()
+    other.step()
+
+
+def whole(tensors):
+    return [t.full_tensor() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def close(xs, ys):
+    torch.testing.assert_close(whole(xs), whole(ys), rtol=1e-10, atol=1e-12)
+
+
+# The trajectory is that of one process.
+
+
+@check
+def every_map_on_every_placement(world, folder):
+    layouts = [(mesh(world), [Shard(0)])]
+    if world == 4:
+        layouts.append((square(4), [Shard(0), Shard(1)]))
+    else:
+        layouts += [(mesh(2), [Shard(1)]), (mesh(2), [Replicate()])]
+    for name, options in CASES:
+        for i, (device_mesh, placements) in enumerate(layouts):
+            settings = [{"momentum": 0.9, "weight_decay": 0.1}, {"dual_state": True}][i % 2]
+            case = pair(name, options, device_mesh, placements, lr=0.05, **settings)
+            for k in range(3):
+                step(k, *case)
+            _, shards, one, other = case
+            for q in shards:
+                assert all(s.placements == q.placements for s in other.state[q].values())
+            close(snapshot(one), snapshot(other))
+
+
+@check
+def the_map_may_be_built_from_the_shards(world, folder):
+    for name in ("diagonal", "separable", "kronecker"):
+        case = pair(name, {}, mesh(world), [Shard(0)], lr=0.05, momentum=0.9)
+        plain, shards, one, _ = case
+        built = maps.create(name, shards)
+        mine = built.state_dict()
+        with torch.no_grad():
+            for key, value in one.param_groups[0]["mirror_map"].state_dict().items():
+                x = mine[key]
+                sharded = isinstance(x, DTensor)
+                x.copy_(distribute_tensor(value, x.device_mesh, x.placements) if sharded else value)
+        other = MirrorDescent(shards, lr=0.05, momentum=0.9, mirror_map=built)
+        for k in range(3):
+            step(k, plain, shards, one, other)
+        close(snapshot(one), snapshot(other))
+        again = MirrorDescent(shards, mirror_map=maps.create(name, shards))
+        again.load_state_dict(other.state_dict())
+        close(snapshot(again), snapshot(other))
+
+
+@check
+def fused_steps_on_shards(world, folder):
+    if backends.cpp.unavailable() is not None:
+        return
+    for placements in ([Shard(0)], [Shard(1)]):
+        case = pair("separable", {}, mesh(world), placements, dtype=torch.float32, lr=0.05,
+                    momentum=0.9, fused=True)  # fmt: skip
+        for k in range(3):
+            step(k, *case)
+        _, _, one, other = case
+        torch.testing.assert_close(whole(snapshot(one)), whole(snapshot(other)))
+
+
+# Real modules.
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(8, 6, generator=generator, dtype=torch.float64)
+
+
+def train(model, optimizer, x, steps=3):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def optimizer_of(model, name, reference=None):
+    mirror_map = learned(name, list((reference or model).parameters()), {})
+    return MirrorDescent(model.parameters(), lr=0.1, momentum=0.9, mirror_map=mirror_map)
+
+
+def alone(name, steps=3):
+    model = network()
+    optimizer = optimizer_of(model, name)
+    train(model, optimizer, batch(), steps)
+    return model, optimizer
+
+
+def in_fsdp(world, name):
+    model, device_mesh = network(), mesh(world)
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=device_mesh)
+    return model, optimizer_of(model, name, network())
+
+
+def part(world):
+    return batch().chunk(world)[dist.get_rank()]
+
+
+@check
+def fsdp_trains_as_one_process(world, folder):
+    for name in ("hypentropy", "separable", "kronecker"):
+        model, optimizer = in_fsdp(world, name)
+        train(model, optimizer, part(world))
+        close(list(model.parameters()), list(alone(name)[0].parameters()))
+
+
+@check
+def ddp_trains_as_one_process(world, folder):
+    for name in ("hypentropy", "kronecker"):
+        model = nn.parallel.DistributedDataParallel(network())
+        train(model, optimizer_of(model, name), part(world))
+        close(list(model.parameters()), list(alone(name)[0].parameters()))
+
+
+@check
+def tensor_parallel_trains_as_one_process(world, folder):
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    for name in ("hypentropy", "separable", "kronecker"):
+        model = parallelize_module(network(), mesh(world), plan)
+        train(model, optimizer_of(model, name, network()), batch())
+        close(list(model.parameters()), list(alone(name)[0].parameters()))
+        if world == 4:  # over which FSDP2 cuts once more
+            device_mesh = square(4)
+            model = parallelize_module(network(), device_mesh["tensor"], plan)
+            fully_shard(model, mesh=device_mesh["data"])
+            x = batch().chunk(2)[device_mesh["data"].get_local_rank()]
+            train(model, optimizer_of(model, name, network()), x)
+            close(list(model.parameters()), list(alone(name)[0].parameters()))
+
+
+# What is communicated.
+
+
+@check
+def a_map_gathers_what_it_couples_and_no_more(world, folder):
+    def gathers(name, options, placements, **settings):
+        case = pair(name, options, mesh(world), placements, lr=0.05, nonfinite="propagate",
+                    fused=False, shapes=((4, 8), (8,)), **settings)  # fmt: skip
+        step(0, *case)
+        give(1, *case[:2])
+        with CommDebugMode() as counted:
+            case[-1].step()
+        return counted.get_total_counts()
+
+    for name in ("euclidean", "pnorm", "hypentropy", "diagonal", "separable"):
+        assert gathers(name, {}, [Shard(0)], momentum=0.9) == 0
+    assert gathers("negative-entropy", {"simplex": False}, [Shard(1)]) == 0
+    # On the simplex the matrix is cut between its rows, or across them, and the vector, one row, is
+    # cut or whole: one of the two is gathered, on its way from its dual state.
+    assert gathers("negative-entropy", {}, [Shard(0)], dual_state=True) == 1
+    assert gathers("negative-entropy", {}, [Shard(1)], dual_state=True) == 1
+    assert gathers("negative-entropy", {}, [Shard(0)]) == 2  # and on its way there
+    assert gathers("kronecker", {}, [Shard(0)]) == 2  # both, from their dual state
+    assert gathers("kronecker", {}, [Replicate()]) == 0
+
+
+@check
+def agreeing_takes_one_reduction(world, folder):
+    case = pair("hypentropy", {}, mesh(world), [Shard(0)], lr=0.05)
+    step(0, *case)
+    operators = []
+    reduce = dist.all_reduce
+
+    def counted(*args, **kwargs):
+        operators.append(args[0].numel())
+        return reduce(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counted)
+        step(1, *case)
+    assert operators == [1]
+
+
+@check
+def a_partial_gradient_is_reduced(world, folder):
+    (p,), (q,), one, other = pair("euclidean", {}, mesh(world), [Shard(0)], ((4, 2),), lr=0.1)
+    p.grad = torch.full_like(p, float(world))
+    q.grad = DTensor.from_local(torch.ones(4, 2, dtype=p.dtype), q.device_mesh, [Partial()])
+    one.step()
+    other.step()
+    close([p], [q])
+
+
+# Failures.
+
+
+@check
+def a_step_that_fails_in_one_process_fails_in_all(world, folder):
+    for name, options in (("hypentropy", {}), ("separable", {"parametrization": "primal"})):
+        for policy, fused in (("raise", None), ("skip", None), ("skip", False), ("raise", False)):
+            shapes = ((8, 2), (2,))
+            case = pair(name, options, mesh(world), [Shard(0)], shapes, torch.float32, lr=0.05,
+                        momentum=0.9, nonfinite=policy, fused=fused)  # fmt: skip
+            step(0, *case)
+            _, shards, _, other = case
+            before = [t.to_local() for t in snapshot(other)]
+            if dist.get_rank() == 1:
+                shards[0].grad.to_local()[0, 0] = torch.nan
+            expected = contextlib.nullcontext()
+            if policy == "raise":
+                where = "gradient of" if dist.get_rank() == 1 else "fails in another process"
+                expected = pytest.raises(FloatingPointError, match=where)
+            with expected:
+                other.step()
+            assert same([t.to_local() for t in snapshot(other)], before)
+            step(1, *case)  # and all go on together
+
+
+@check
+def a_step_that_the_scaler_skips_in_one_process_is_skipped_in_all(world, folder):
+    for fused in (None, False):
+        case = pair("separable", {}, mesh(world), [Shard(0)], lr=0.05, momentum=0.9, fused=fused)
+        step(0, *case)
+        other = case[-1]
+        before = [t.to_local() for t in snapshot(other)]
+        other.found_inf = torch.tensor(float(dist.get_rank() == 1))
+        other.step()
+        del other.found_inf
+        assert same([t.to_local() for t in snapshot(other)], before)
+
+
+@check
+def placements_that_are_not_supported_are_refused(world, folder):
+    p = DTensor.from_local(torch.ones(4), mesh(world), [Partial()]).requires_grad_()
+    with pytest.raises(InputError, match=r"parameter 0 of its group is placed as .*Partial"):
+        MirrorDescent([p])
+    (q,) = spread([torch.ones(4)], mesh(world), [Shard(0)])
+    with pytest.raises(InputError, match="differentiable=True with DTensor parameters"):
+        MirrorDescent([q], differentiable=True)
+    with pytest.raises(InputError, match="not in the domain of NegativeEntropy"):
+        MirrorDescent([q], mirror_map=maps.NegativeEntropy())
+
+
+# Checkpoints: saved by 2 processes, loaded by 1 and by 4.
+
+
+def save(model, optimizer, folder):
+    saved = {"model": states.get_model_state_dict(model),
+             "optimizer": states.get_optimizer_state_dict(model, optimizer)}  # fmt: skip
+    checkpoint.save(saved, checkpoint_id=folder)
+
+
+def load(model, optimizer, folder):
+    loaded = {"model": states.get_model_state_dict(model),
+              "optimizer": states.get_optimizer_state_dict(model, optimizer)}  # fmt: skip
+    checkpoint.load(loaded, checkpoint_id=folder)
+    states.set_model_state_dict(model, loaded["model"])
+    states.set_optimizer_state_dict(model, optimizer, loaded["optimizer"])
+
+
+MAPS_SAVED = ("separable", "kronecker")
+
+
+@check
+def a_checkpoint_of_two_processes_goes_on_in_any_number(world, folder):
+    for name in MAPS_SAVED:
+        model, optimizer = in_fsdp(world, name)
+        if world == 2:
+            train(model, optimizer, part(world))
+            save(model, optimizer, folder / name)
+        load(model, optimizer, folder / name)
+        train(model, optimizer, part(world))
+        close(list(model.parameters()), list(alone(name, 6)[0].parameters()))
+
+
+@check
+def a_whole_state_dict_loads_into_shards(world, folder):
+    _, saved = alone("separable")
+    model, optimizer = in_fsdp(world, "separable")
+    optimizer.load_state_dict(saved.state_dict())
+    close([t for s in saved.state.values() for t in s.values()],
+          [t for s in optimizer.state.values() for t in s.values()])  # fmt: skip
+    assert all(isinstance(t, DTensor) for s in optimizer.state.values() for t in s.values())
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)  # each process its shards
+    file.seek(0)
+    optimizer.load_state_dict(torch.load(file, weights_only=False))
+    train(model, optimizer, part(world), 1)
