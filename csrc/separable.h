@@ -8,17 +8,15 @@
 // shares them, else registers. No result depends on which other values a register holds.
 #pragma once
 
-#ifndef MIRROR_FN
-#define MIRROR_FN __host__ __device__ __forceinline__
-#define MIRROR_SLOW __host__ __device__ __noinline__
-#endif
+#include "pair.h"
+#include "step.h"
 
 namespace {
 
 // One unit of psi: with b = -s c, sigma(s (u - c)) = sigma(s u + b). At the origin sigma is base and
-// sigma' is base_slope.
+// sigma' is base_slope. What every evaluation reads comes first.
 template <class U> struct Unit {
-  U w, s, c, b, ws, base, base_slope;
+  U w, s, b, ws, c, base, base_slope;
 };
 
 // What all units have together.
@@ -51,11 +49,12 @@ template <class V> MIRROR_FN V clamp(V x, V lower, V upper) {
 template <class U> MIRROR_FN Unit<U> make_unit(U w, U s, U c) {
   const U b = -s * c, limit = kSaturated + U{};
   const U t = clamp(b, -limit, limit), r = rsqrt(1 + t * t);
-  return {w, s, c, b, w * s, product(t, r), product(r, r * r)};
+  return {w, s, b, w * s, c, product(t, r), product(r, r * r)};
 }
 
 template <class U, class Units> MIRROR_FN Bounds<U> make_bounds(const Units& units) {
   U span{}, steepest{}, farthest{}, curvature{};
+  MIRROR_UNROLL
   for (int k = 0; k < units.count; ++k) {
     const auto unit = units[k];
     span += 2 * abs(unit.w);
@@ -78,6 +77,7 @@ MIRROR_FN V argument(V u, const Unit<U>& unit, Reach reach) {
 // sum_k w_k sigma(s_k (u - c_k)).
 template <bool far, class V, class Units> MIRROR_FN V sigmas(V u, const Units& units) {
   V sum{};
+  MIRROR_UNROLL
   for (int k = 0; k < units.count; ++k) {
     const auto unit = units[k];
     const V t = argument<far>(u, unit, units.bounds.reach);
@@ -87,8 +87,11 @@ template <bool far, class V, class Units> MIRROR_FN V sigmas(V u, const Units& u
 }
 
 // Clamping costs two operations a unit and is hardly ever needed: ask once for all units.
+template <class V, class Units> MIRROR_SLOW V far_sigmas(V u, const Units& units) {
+  return sigmas<true>(u, units);
+}
 template <class V, class Units> MIRROR_FN V sigmas(V u, const Units& units) {
-  return any(abs(u) > units.bounds.reach) ? sigmas<true>(u, units) : sigmas<false>(u, units);
+  return any(abs(u) > units.bounds.reach) ? far_sigmas(u, units) : sigmas<false>(u, units);
 }
 
 // units.base is sigmas(0), which makes psi(0) = 0 exactly.
@@ -103,6 +106,7 @@ template <class V> struct Point {
 
 template <bool far, class V, class Units> MIRROR_FN Point<V> psi_slope(V u, const Units& units) {
   V sum{}, slope{};
+  MIRROR_UNROLL
   for (int k = 0; k < units.count; ++k) {
     const auto unit = units[k];
     const V t = argument<far>(u, unit, units.bounds.reach);
@@ -113,8 +117,11 @@ template <bool far, class V, class Units> MIRROR_FN Point<V> psi_slope(V u, cons
   return {u + (sum - units.base), 1 + slope};
 }
 
+template <class V, class Units> MIRROR_SLOW Point<V> far_psi_slope(V u, const Units& units) {
+  return psi_slope<true>(u, units);
+}
 template <class V, class Units> MIRROR_FN Point<V> psi_slope(V u, const Units& units) {
-  return any(abs(u) > units.bounds.reach) ? psi_slope<true>(u, units) : psi_slope<false>(u, units);
+  return any(abs(u) > units.bounds.reach) ? far_psi_slope(u, units) : psi_slope<false>(u, units);
 }
 
 // What one point gives to the gradient of the coefficients, summed over points with weight q.
@@ -127,6 +134,7 @@ template <bool far, class V, class Units>
 MIRROR_FN Point<V> accumulate(V u, V q, const Units& units, Moments<V>* moments) {
   V sum{}, slope{};
   const V lever = q * u;
+  MIRROR_UNROLL
   for (int k = 0; k < units.count; ++k) {
     const auto unit = units[k];
     const V t = argument<far>(u, unit, units.bounds.reach);
@@ -217,7 +225,77 @@ template <class T, class V, class Units>
 MIRROR_FN V solve(V target, V start, const Units& units, int& status) {
   const auto first = newton<T>(start, target, abs(target) + units.bounds.span, units);
   if (!any(!first.last)) return first.y;
-  return solve_in_bracket<T>(target, first, units, status);
+  int found = kConverged;  // apart, so that the caller's can stay in a register
+  const V y = solve_in_bracket<T>(target, first, units, found);
+  status = status < found ? found : status;
+  return y;
+}
+
+// The largest number that a storage does not round to Inf.
+MIRROR_FN float limit(float, Storage type) {
+  return type == Storage::f16    ? 65519.996f
+         : type == Storage::bf16 ? 0x1.fefffep127f
+                                 : Limits<float>::max;
+}
+MIRROR_FN double limit(double, Storage) { return Limits<double>::max; }
+
+// The elements of one parameter and of what goes with it. Absent: zeros, and 1 for the gain.
+template <class V> struct Elements {
+  V param, grad, gain, buffer, anchor, dual, dual_init;
+};
+
+// optim.MirrorDescent's step; with displacement u = phi - anchor,
+//
+//   stateless    z = grad h(decay phi - anchor)
+//   dual state   z = zeta + z_0,  or grad h of the decayed anchor + grad h*(zeta + z_0)
+//
+// then z -= lr d, phi = anchor + grad h*(z) and zeta = z - z_0. Elements for which that is not
+// finite, in the storage of the parameter and of the momentum, keep parameter and state.
+template <class T, class V, class Units>
+MIRROR_FN void mirror_step(Elements<V>& x, const Options<T>& options, const Units& units,
+                           int& worst) {
+  int status = kConverged;
+  const V shrink = options.gain ? 1 / x.gain : x.gain;
+  V d = options.scale * x.grad, b = x.buffer;
+  if (options.buffer) {
+    b = options.momentum * b + d;
+    d = options.nesterov ? d + options.momentum * b : b;
+  }
+  const V move = options.lr * d;
+
+  V u = x.param, z = x.dual + x.dual_init;
+  const bool moved = !options.dual || options.decay != 1;  // z has to be taken from the point
+  if (options.primal) {
+    // In units of psi, z / gain.
+    V t = z * shrink;
+    if (moved && options.dual) u = x.anchor + solve<T>(t, u - x.anchor, units, status);
+    u = options.decay * u - x.anchor;
+    V start = u;
+    if (moved) {
+      const auto point = psi_slope(u, units);
+      t = point.value;
+      start = u - move * shrink * reciprocal(point.slope);
+    }
+    t = t - move * shrink;
+    u = solve<T>(t, start, units, status);
+    z = t * x.gain;
+  } else {
+    if (moved) {
+      if (options.dual) u = x.anchor + x.gain * psi(z, units);
+      const V target = (options.decay * u - x.anchor) * shrink;
+      z = solve<T>(target, options.dual ? z : target, units, status);
+    }
+    z = z - move;
+    u = x.gain * psi(z, units);
+  }
+  const V y = x.anchor + u, dual = z - x.dual_init;
+  const auto good = (abs(y) <= options.param_limit) & (abs(b) <= options.buffer_limit) &
+                    (abs(dual) <= Limits<T>::max);
+  if (any(!good) && status == kConverged) status = kNonfinite;
+  worst = worst < status ? status : worst;
+  x.param = select(good, y, x.param);
+  x.buffer = select(good, b, x.buffer);
+  x.dual = select(good, dual, x.dual);
 }
 
 }  // namespace
