@@ -2,8 +2,8 @@
 
 The libraries use the LibTorch stable ABI: one binary serves torch 2.11 and newer and any Python. An
 installation goes on without a library that cannot be built, and ``mirror-opt info`` says why.
-MIRROR_OPT_BUILD_EXT names those to build: 0 for none, or some of cpu,cuda. Without it the CPU library
-is built, and the CUDA library where there are nvcc and a CUDA device.
+MIRROR_OPT_BUILD_EXT names those to build: 0 for none, or some of cpu,cuda. Without it the CPU
+library is built, and the CUDA library where there are nvcc and a CUDA device.
 """
 
 import json
@@ -104,11 +104,12 @@ class BuildLibraries(build_ext):
             nvcc, *_STABLE_ABI, *_NVCC, *(f"-I{path}" for path in include_paths()),
             *extension.sources, f"-L{library}", *(f"-l{x}" for x in names), "-o", str(target),
         ]  # fmt: skip
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        print(result.stdout, end="")
+        result = subprocess.run(command, capture_output=True, text=True)
+        said = result.stdout + result.stderr
+        print(said, end="")
         if result.returncode:
-            errors = [line for line in result.stdout.splitlines() if "error" in line]
-            raise RuntimeError(f"nvcc: {'; '.join(errors) or result.stdout}")
+            errors = [line for line in said.splitlines() if "error" in line]
+            raise RuntimeError(f"nvcc: {'; '.join(errors) or said}")
 
     def _built(self, extension: Extension) -> Path:
         return Path(self.build_lib, self.get_ext_filename(extension.name))

@@ -180,7 +180,7 @@ __device__ Options<float> options_of(const Launch& launch, const Entry& e) {
   return options;
 }
 
-__global__ void __launch_bounds__(kThreads, 6) step_kernel(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(kThreads, 4) step_kernel(const __grid_constant__ Launch launch) {
   if (launch.found_inf && *launch.found_inf != 0) return;
   int first = 0;  // the last entry that begins at this block or before
   for (int stop = launch.count; stop - first > 1;) {

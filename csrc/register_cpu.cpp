@@ -1,7 +1,7 @@
 // The operators of the CPU library: tensors in, loops of the best instruction set, tensors out.
 //
 // Only the stable ABI of LibTorch is used, so that one binary serves torch 2.11 and newer. Shapes
-// and dtypes are checked by the caller (mirror_opt/backends.py).
+// and dtypes are checked by the caller (mirror_opt/backends/cpp.py).
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,15 +45,13 @@ def installed() -> Iterator[None]:
     reason = _missing()
     if reason:
         pytest.skip(reason)
-    refusal = cuda.refusal
+    original = cuda.refusal
+
+    def refusal(operator: str, x: torch.Tensor, units: int, sigma: str) -> str | None:
+        there = SimpleNamespace(device=torch.device("cuda"), dtype=x.dtype)
+        return original(operator, there, units, sigma)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "unavailable", lambda: None)
-        patch.setattr(cuda, "refusal", lambda operator, x, *rest: refusal(operator, _Moved(x), *rest))
+        patch.setattr(cuda, "refusal", refusal)
         yield
-
-
-class _Moved:
-    """A tensor as ``refusal`` sees it, on a CUDA device."""
-
-    def __init__(self, x: torch.Tensor):
-        self.dtype, self.device = x.dtype, torch.device("cuda")

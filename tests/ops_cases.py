@@ -47,6 +47,8 @@ STEP_IMPLEMENTATIONS = [
 @contextmanager
 def implementation(name: str) -> Iterator[None]:
     backend, _, place = name.partition("-")
+    if place == "gpu" and (reason := backends.BACKENDS[backend].unavailable()):
+        pytest.skip(reason)
     instruction_set = place if backend == "cpp" else ""
     if instruction_set:
         best = torch.ops.mirror_opt_cpu.instruction_set("")

@@ -270,6 +270,30 @@ def test_no_temporary_of_the_size_of_the_parameters(each_step_implementation):  
     assert 0 < grown < 1000
 
 
+def test_steps_on_a_device_do_not_synchronise_and_replay_from_a_graph(
+    each_step_implementation,  # noqa: F811
+):
+    if not each_step_implementation.endswith("gpu"):
+        pytest.skip("needs a CUDA device")
+    graphed, eager, lr = Lists(momentum=0.9), Lists(momentum=0.9), torch.tensor(LR)
+    graphed.step(lr)  # what is compiled on first use
+    eager.step(lr)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graphed.step(lr)
+        eager.step(lr)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graphed.step(lr)
+    for rate in (0.05, 0.2):
+        lr.fill_(rate)
+        graph.replay()
+        eager.step(lr)
+    assert all(torch.equal(a, b) for a, b in zip(graphed.tensors(), eager.tensors(), strict=True))
+
+
 def test_opcheck_and_compiled_once_for_all_rates():
     lists = Lists(shapes=(((3, 4), 3), ((5,), 5)), dual=True, anchor=True)
     args = (

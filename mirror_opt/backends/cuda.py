@@ -1,4 +1,4 @@
-"""The multi-tensor step on CUDA without a just-in-time compiler; the rest is plain PyTorch."""
+"""The multi-tensor step on CUDA without a just-in-time compiler; other operators are plain's."""
 
 from collections.abc import Sequence
 
@@ -37,7 +37,7 @@ def unavailable() -> str | None:
 
 def describe() -> str:
     """The device."""
-    return f"{torch.cuda.get_device_name()}, for the step of a list of parameters"
+    return f"{torch.cuda.get_device_name()}: the step of a list; other operators in plain PyTorch"
 
 
 def refusal(operator: str, x: Tensor, units: int, sigma: str) -> str | None:
@@ -65,8 +65,10 @@ def step_(
     lists = (params, grads, gains, ws, ss, cs, buffers, anchors, duals, dual_inits)
     rows = [[x if x.is_contiguous() else x.contiguous() for x in xs] for xs in lists]
     lr = lr if lr.dtype in (torch.float32, torch.float64) else lr.float()
-    scalars = (None if x is None else x.to(params[0].device, torch.float32)
-               for x in (grad_scale, found_inf))  # fmt: skip
+    scalars = [
+        None if x is None else x.to(params[0].device, torch.float32)
+        for x in (grad_scale, found_inf)
+    ]
     torch.ops.mirror_opt_cuda.step_(
         *rows[:2], lr, *rows[2:], *scalars, status, momentum, weight_decay, nesterov, maximize,
         primal,
