@@ -53,7 +53,8 @@ template <class T> struct RowUnits {
       const int64_t i = k * map.columns + column;
       const Vec<T> zero{};
       const Unit<Vec<T>> x = make_unit(map.w[i] + zero, map.s[i] + zero, map.c[i] + zero);
-      unit[k] = {x.w[0], x.s[0], x.b[0], x.ws[0], x.c[0], x.base[0], x.base_slope[0]};
+      unit[k] = {x.s[0],    x.b[0], x.ws[0],   x.w[0],         x.wss[0],
+                 x.wsss[0], x.c[0], x.base[0], x.base_slope[0]};
     }
     bounds = make_bounds<T>(*this);
     base = sigmas(Vec<T>{}, *this)[0];
@@ -106,15 +107,13 @@ int inverse(const Map<T>& map, const T* t, T* out, int64_t begin, int64_t end) {
   return status;
 }
 
-// S^-1(S(x) - lr g). Newton starts from x - lr g / S'(x), which is right to second order in lr.
+// S^-1(S(x) - lr g).
 template <class T>
 int step(const Map<T>& map, const T* x, const T* g, T lr, T* out, int64_t begin, int64_t end) {
   int status = kConverged;
   sweep(map, begin, end, [&](const auto& units, int64_t i, int64_t e, auto lanes) {
-    const auto u = load(x + i, lanes);
-    const auto move = lr * load(g + i, lanes) / load(map.gain + e, lanes, T(1));
-    const auto point = psi_slope(u, units);
-    store(out + i, solve<T>(point.value - move, u - move * reciprocal(point.slope), units, status), lanes);
+    const auto rise = lr * load(g + i, lanes) / load(map.gain + e, lanes, T(1));
+    store(out + i, shift<T>(load(x + i, lanes), rise, units, status), lanes);
   });
   return status;
 }
@@ -247,7 +246,7 @@ template <class T> int step_(const Entry<T>& entry, Options<T> options, int64_t 
   options.dual = entry.dual.data != nullptr;
   options.param_limit = limit(T{}, entry.param.type);
   options.buffer_limit = limit(T{}, entry.buffer.type);
-  sweep(entry.map, begin, end, [&](const auto& units, int64_t i, int64_t, auto lanes) {
+  const auto one = [&](const auto& units, int64_t i, int64_t, auto lanes) MIRROR_INLINE {
     using V = decltype(load((const T*)nullptr, lanes));
     const auto get = [&](const Stored& x) { return x.data ? read(T{}, x, i, lanes) : V{}; };
     const V gain = options.gain ? load(entry.map.gain + i, lanes, T(1)) : V{} + T(1);
@@ -257,7 +256,8 @@ template <class T> int step_(const Entry<T>& entry, Options<T> options, int64_t 
     write(entry.param, i, x.param, lanes);
     if (options.dual) write(entry.dual, i, x.dual, lanes);
     if (options.buffer) write(entry.buffer, i, x.buffer, lanes);
-  });
+  };
+  sweep(entry.map, begin, end, one);
   return status;
 }
 

@@ -11,7 +11,8 @@
 #include <immintrin.h>
 #endif
 
-#define MIRROR_FN inline __attribute__((always_inline))
+#define MIRROR_INLINE __attribute__((always_inline))
+#define MIRROR_FN inline MIRROR_INLINE
 #define MIRROR_SLOW __attribute__((noinline, cold))
 #define MIRROR_UNROLL  // as the compiler sees fit
 
