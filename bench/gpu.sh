@@ -24,10 +24,11 @@ run() {
 
 if [[ $dry_run != --dry-run ]]; then
     nvidia-smi --query-gpu=name,driver_version,clocks.max.sm --format=csv
-    # pip uses the torch, triton and setuptools that are there.
+    # pip uses the torch, triton and setuptools that are there; the CUDA library needs nvcc.
     "$python" -m pip install --quiet --no-deps --no-build-isolation --no-index . || exit 1
 fi
 "$python" -c 'import sys, torch, triton; print(sys.version, torch.__version__, triton.__version__)'
+(cd tests && "$python" -m mirror_opt.cli info)
 
 # Named by its folder: from the root, Python would find the sources before what was installed.
 (cd tests && run "$python" -m pytest -m gpu --rootdir .. -c ../pyproject.toml -p no:cacheprovider .
@@ -36,6 +37,11 @@ if [[ $dry_run == --dry-run ]]; then
     run "$python" bench/aot.py --only collect
 else
     run "$python" bench/aot.py > "$OUT/aot.json"
+    if command -v nvcc > /dev/null; then
+        run "$python" bench/aot_cuda.py > "$OUT/aot_cuda.json"
+    else
+        echo "nvcc is not here: the CUDA library is not measured" >&2
+    fi
 fi
 for script in bench/*_gpu.py; do
     run "$python" "$script" $dry_run

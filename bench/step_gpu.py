@@ -4,10 +4,11 @@
     python bench/step_gpu.py --dry-run     # tiny, interpreted on the CPU; checks, writes no rows
 
 One tensor of n elements and the parameter lists of networks, side by side in one process: the
-Triton step (without a gain, and with one for each element), the same formula with two fixed Newton
-steps in eager PyTorch and under torch.compile, and torch's SGD and AdamW, foreach and fused; each
-launched from Python, and as a CUDA graph where that can be captured. Times are of one step with a
-cold cache, from events on the device. Before it is timed, the Triton step is held against float64.
+steps in Triton and, where it is built, in CUDA C++ (without a gain, and with one for each element),
+the same formula with two fixed Newton steps in eager PyTorch and under torch.compile, and torch's
+SGD and AdamW, foreach and fused; each launched from Python, and as a CUDA graph where that can be
+captured. Times are of one step with a cold cache, from events on the device. Before it is timed,
+each step of ours is held against float64.
 
 A row has three ceilings for the step with two evaluations of psi: memory at the bandwidth of a
 copy measured here, special functions at 16 and fp32 operations at 128 per multiprocessor and cycle.
@@ -34,8 +35,9 @@ from results import add_rows
 from torch import Tensor
 
 from mirror_opt import reference
+from mirror_opt.backends import cuda
 from mirror_opt.fewshot import Conv4
-from mirror_opt.kernels.multi_tensor import step_
+from mirror_opt.kernels import multi_tensor
 from mirror_opt.reference import Units
 from mirror_opt.runs.results import versions
 
@@ -113,10 +115,10 @@ def make_problem(case: str, shapes: Shapes, per_channel: bool, units: int, devic
     return Problem(case, params, grads, gains, [coefficients(shape) for shape in shapes])
 
 
-def check(problem: Problem, gain: bool, sample: int = 100_000) -> float:
+def check(problem: Problem, backend: str, gain: bool, sample: int = 100_000) -> float:
     """The largest residual of a step in float64, over |t| + W; of a few entries of each row."""
     before = [p.clone() for p in problem.params]
-    status = triton_step(problem, gain)
+    status = our_step(problem, backend, gain)
     if int(status):
         raise RuntimeError(f"{problem.case}: the solve ended with status {int(status)}")
     worst = 0.0
@@ -140,10 +142,20 @@ def check(problem: Problem, gain: bool, sample: int = 100_000) -> float:
     return worst
 
 
-def triton_step(problem: Problem, gain: bool) -> Tensor:
-    gains = problem.gains if gain else None
-    units = zip(*problem.units, strict=True)
-    return step_(problem.params, problem.grads, LR, gains, *units, primal=True)
+def our_step(problem: Problem, backend: str, gain: bool) -> Tensor:
+    """By the backend itself; the operator's own cost is that of any operator of torch.library."""
+    params, grads = problem.params, problem.grads
+    units = tuple(zip(*problem.units, strict=True))
+    if backend == "triton":
+        gains = problem.gains if gain else None
+        return multi_tensor.step_(params, grads, LR, gains, *units, primal=True)
+    status = torch.zeros((), dtype=torch.int32, device=params[0].device)
+    gains = problem.gains if gain else []
+    cuda.step_(
+        params, grads, torch.tensor(LR), gains, *units, [], [], [], [], None, None, status, 0.0,
+        0.0, False, False, True, "algebraic",
+    )  # fmt: skip
+    return status
 
 
 def formula(params: list[Tensor], grads: list[Tensor], units: list[Units]) -> None:
@@ -192,12 +204,18 @@ def compiled(problem: Problem) -> Callable[[], None]:
     return step
 
 
+def ours() -> list[str]:
+    """The backends of this machine; the interpreter has Triton only."""
+    return ["triton"] if cuda.unavailable() else ["triton", "cuda"]
+
+
 def contenders(
     problem: Problem, units: int, options: argparse.Namespace
 ) -> Iterator[tuple[str, Callable, bool]]:
     """Name, step, and whether a CUDA graph of it is timed too."""
-    yield "triton", partial(triton_step, problem, False), True
-    yield "triton, gain", partial(triton_step, problem, True), True
+    for backend in ours():
+        yield backend, partial(our_step, problem, backend, False), True
+        yield f"{backend}, gain", partial(our_step, problem, backend, True), True
     if problem.elements <= EAGER_LIMIT:
         yield "torch", partial(formula, problem.params, problem.grads, problem.units), False
     if options.compile and units in COMPILED_UNITS:
@@ -336,7 +354,11 @@ def main() -> None:
     about = {} if options.dry_run else provenance(device)
     ceilings = None if options.dry_run else Ceilings(device, timer)
     for problem, units in problems(options, device):
-        errors = {gain: check(problem, gain) for gain in (False, True)}
+        errors = {
+            backend + ", gain" * gain: check(problem, backend, gain)
+            for backend in ours()
+            for gain in (False, True)
+        }
         kept = [p.clone() for p in problem.params]
         restore = partial(torch._foreach_copy_, problem.params, kept)
         rows = []
@@ -353,10 +375,10 @@ def main() -> None:
                     "seconds": statistics.median(seconds), "p20": cuts[0], "p80": cuts[3],
                     "repeats": len(seconds),
                 }
-                if name.startswith("triton"):
-                    gain = name == "triton, gain"
-                    row["residual"] = errors[gain]
+                if name in errors:
+                    row["residual"] = errors[name]
                     if ceilings:
+                        gain = name.endswith("gain")
                         row |= ceilings.row(problem.elements, units, gain)
                 rows.append(row | about)
                 print(described(row, options.dry_run), flush=True)

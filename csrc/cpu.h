@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-constexpr int kMaxUnits = 64;
+#include "step.h"
 
 // S(u) = gain * psi(u) over rows of n contiguous elements. Row r has the coefficients of column
 // r % columns, and the gains of row r % gain_rows, where gain_rows is a multiple of columns.
@@ -20,24 +20,11 @@ template <class T> struct Gradients {
   int64_t segments, segment;
 };
 
-// How a tensor of the multi-tensor step is stored; it is computed in float, or in double.
-enum class Storage : int { f32, f64, f16, bf16 };
-
-struct Stored {
-  void* data;  // null where the step does without
-  Storage type;
-};
-
 // One parameter of the multi-tensor step, seen as rows with coefficients of their own, and what goes
 // with it, all of the same shape. gain may be null, for 1.
 template <class T> struct Entry {
   Map<T> map;
   Stored param, grad, buffer, anchor, dual, dual_init;
-};
-
-template <class T> struct Options {
-  T lr, momentum, decay, scale;  // the parameter is multiplied by decay, the gradient by scale
-  bool nesterov, primal;
 };
 
 // [begin, end) counts elements, except in backward: there it counts segments, column by
@@ -50,7 +37,7 @@ template <class T> struct Kernels {
                    int64_t end);
   void (*inverse_backward)(const Map<T>&, const T* grad, const T* y, const Gradients<T>&,
                            int64_t begin, int64_t end);
-  int (*step_)(const Entry<T>&, const Options<T>&, int64_t begin, int64_t end);
+  int (*step_)(const Entry<T>&, Options<T>, int64_t begin, int64_t end);
   bool (*exceeds)(const Stored&, T bound, int64_t begin, int64_t end);  // or is NaN
 };
 

@@ -8,6 +8,17 @@
 
 namespace {
 
+// Two whole registers, where a count of lanes could stand.
+struct Two {};
+template <class T> MIRROR_FN Pair<Vec<T>> load(const T* p, Two) {
+  return {load(p), load(p + kLanes<T>)};
+}
+template <class T> MIRROR_FN Pair<Vec<T>> load(const T* p, Two, T) { return load(p, Two{}); }
+template <class T> MIRROR_FN void store(T* p, Pair<Vec<T>> v, Two) {
+  store(p, v.a);
+  store(p + kLanes<T>, v.b);
+}
+
 MIRROR_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Coefficients of neighbouring columns, one for each lane.
@@ -42,7 +53,8 @@ template <class T> struct RowUnits {
       const int64_t i = k * map.columns + column;
       const Vec<T> zero{};
       const Unit<Vec<T>> x = make_unit(map.w[i] + zero, map.s[i] + zero, map.c[i] + zero);
-      unit[k] = {x.w[0], x.s[0], x.c[0], x.b[0], x.ws[0], x.base[0], x.base_slope[0]};
+      unit[k] = {x.s[0],    x.b[0], x.ws[0],   x.w[0],         x.wss[0],
+                 x.wsss[0], x.c[0], x.base[0], x.base_slope[0]};
     }
     bounds = make_bounds<T>(*this);
     base = sigmas(Vec<T>{}, *this)[0];
@@ -95,15 +107,13 @@ int inverse(const Map<T>& map, const T* t, T* out, int64_t begin, int64_t end) {
   return status;
 }
 
-// S^-1(S(x) - lr g). Newton starts from x - lr g / S'(x), which is right to second order in lr.
+// S^-1(S(x) - lr g).
 template <class T>
 int step(const Map<T>& map, const T* x, const T* g, T lr, T* out, int64_t begin, int64_t end) {
   int status = kConverged;
   sweep(map, begin, end, [&](const auto& units, int64_t i, int64_t e, auto lanes) {
-    const auto u = load(x + i, lanes);
-    const auto move = lr * load(g + i, lanes) / load(map.gain + e, lanes, T(1));
-    const auto point = psi_slope(u, units);
-    store(out + i, solve<T>(point.value - move, u - move * reciprocal(point.slope), units, status), lanes);
+    const auto rise = lr * load(g + i, lanes) / load(map.gain + e, lanes, T(1));
+    store(out + i, shift<T>(load(x + i, lanes), rise, units, status), lanes);
   });
   return status;
 }
@@ -229,73 +239,26 @@ template <class V> MIRROR_FN void write(const Stored& x, int64_t i, Pair<V> valu
   write(x, i + (int64_t)(sizeof(V) / (x.type == Storage::f64 ? 8 : 4)), value.b, All{});
 }
 
-// The smallest number that a storage type rounds to Inf.
-MIRROR_FN double overflow(double, Storage) { return __builtin_inf(); }
-MIRROR_FN float overflow(float, Storage type) {
-  return type == Storage::f16 ? 65520.0f : type == Storage::bf16 ? 0x1.ffp127f : __builtin_inff();
-}
-
-// optim.MirrorDescent's step of one parameter, in place; with displacement u = phi - anchor,
-//
-//   stateless    z = grad h(decay phi - anchor)
-//   dual state   z = zeta + z_0,  or grad h of the decayed anchor + grad h*(zeta + z_0)
-//
-// then z -= lr d, phi = anchor + grad h*(z) and zeta = z - z_0. Elements whose result is not finite
-// keep parameter and state.
-template <class T> int step_(const Entry<T>& entry, const Options<T>& options, int64_t begin,
-                             int64_t end) {
-  int worst = kConverged;
-  const Stored &dual = entry.dual, &buffer = entry.buffer;
-  sweep(entry.map, begin, end, [&](const auto& units, int64_t i, int64_t, auto lanes) {
+template <class T> int step_(const Entry<T>& entry, Options<T> options, int64_t begin, int64_t end) {
+  int status = kConverged;
+  options.gain = entry.map.gain != nullptr;
+  options.buffer = entry.buffer.data != nullptr;
+  options.dual = entry.dual.data != nullptr;
+  options.param_limit = limit(T{}, entry.param.type);
+  options.buffer_limit = limit(T{}, entry.buffer.type);
+  const auto one = [&](const auto& units, int64_t i, int64_t, auto lanes) MIRROR_INLINE {
     using V = decltype(load((const T*)nullptr, lanes));
     const auto get = [&](const Stored& x) { return x.data ? read(T{}, x, i, lanes) : V{}; };
-    int status = kConverged;
-    const V gain = entry.map.gain ? load(entry.map.gain + i, lanes, T(1)) : V{} + T(1);
-    const V shrink = entry.map.gain ? 1 / gain : gain;
-    const V anchor = get(entry.anchor), z0 = get(entry.dual_init), old = get(entry.param);
-    const V zeta = get(dual), before = get(buffer);
-    V d = options.scale * get(entry.grad), b{};
-    if (buffer.data) {
-      b = options.momentum * before + d;
-      d = options.nesterov ? d + options.momentum * b : b;
-    }
-    const V move = options.lr * d;
-
-    V u = old, z = zeta + z0;  // the point, unless the dual state says where it is
-    const bool moved = !dual.data || options.decay != 1;  // z has to be taken from the point
-    if (options.primal) {
-      // In units of psi, z / gain.
-      V t = z * shrink;
-      if (moved && dual.data) u = anchor + solve<T>(t, old - anchor, units, status);
-      u = options.decay * u - anchor;
-      V start = u;
-      if (moved) {
-        const auto point = psi_slope(u, units);
-        t = point.value;
-        start = u - move * shrink * reciprocal(point.slope);
-      }
-      t = t - move * shrink;
-      u = solve<T>(t, start, units, status);
-      z = t * gain;
-    } else {
-      if (moved) {
-        if (dual.data) u = anchor + gain * psi(z, units);
-        const V target = (options.decay * u - anchor) * shrink;
-        z = solve<T>(target, dual.data ? z : target, units, status);
-      }
-      z = z - move;
-      u = gain * psi(z, units);
-    }
-    const V y = anchor + u, next = z - z0;
-    const auto good = (abs(y) < overflow(T{}, entry.param.type)) & (abs(next) <= Limits<T>::max) &
-                      (abs(b) < overflow(T{}, buffer.type));
-    if (any(!good) && status == kConverged) status = kNonfinite;
-    worst = worst < status ? status : worst;
-    write(entry.param, i, select(good, y, old), lanes);
-    if (dual.data) write(dual, i, select(good, next, zeta), lanes);
-    if (buffer.data) write(buffer, i, select(good, b, before), lanes);
-  });
-  return worst;
+    const V gain = options.gain ? load(entry.map.gain + i, lanes, T(1)) : V{} + T(1);
+    Elements<V> x{get(entry.param),  get(entry.grad), gain, get(entry.buffer),
+                  get(entry.anchor), get(entry.dual), get(entry.dual_init)};
+    mirror_step<T>(x, options, units, status);
+    write(entry.param, i, x.param, lanes);
+    if (options.dual) write(entry.dual, i, x.dual, lanes);
+    if (options.buffer) write(entry.buffer, i, x.buffer, lanes);
+  };
+  sweep(entry.map, begin, end, one);
+  return status;
 }
 
 // Whether some |x| is above the bound, or NaN.

@@ -1,7 +1,7 @@
 // The operators of the CPU library: tensors in, loops of the best instruction set, tensors out.
 //
 // Only the stable ABI of LibTorch is used, so that one binary serves torch 2.11 and newer. Shapes
-// and dtypes are checked by the caller (mirror_opt/backends.py).
+// and dtypes are checked by the caller (mirror_opt/backends/cpp.py).
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -195,8 +195,13 @@ int64_t step_(Tensors params, Tensors grads, Tensors gains, Tensors w, Tensors s
   if (params.empty()) return 0;
   return with_dtype(params[0], [&](auto type) {
     using T = decltype(type);
-    const Options<T> options{static_cast<T>(lr), static_cast<T>(momentum), static_cast<T>(decay),
-                             static_cast<T>(scale), nesterov, primal};
+    Options<T> options{};
+    options.lr = static_cast<T>(lr);
+    options.momentum = static_cast<T>(momentum);
+    options.decay = static_cast<T>(decay);
+    options.scale = static_cast<T>(scale);
+    options.primal = primal;
+    options.nesterov = nesterov;
     return step_list<T>(params, grads, gains, w, s, c, buffers, anchors, duals, dual_inits, options);
   });
 }

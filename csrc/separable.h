@@ -8,17 +8,15 @@
 // shares them, else registers. No result depends on which other values a register holds.
 #pragma once
 
-#ifndef MIRROR_FN
-#define MIRROR_FN __host__ __device__ __forceinline__
-#define MIRROR_SLOW __host__ __device__ __noinline__
-#endif
+#include "pair.h"
+#include "step.h"
 
 namespace {
 
 // One unit of psi: with b = -s c, sigma(s (u - c)) = sigma(s u + b). At the origin sigma is base and
-// sigma' is base_slope.
+// sigma' is base_slope. What evaluations read comes first.
 template <class U> struct Unit {
-  U w, s, c, b, ws, base, base_slope;
+  U s, b, ws, w, wss, wsss, c, base, base_slope;
 };
 
 // What all units have together.
@@ -26,6 +24,7 @@ template <class U> struct Bounds {
   U span;       // |psi(u) - u| <= span
   U reach;      // no unit's argument exceeds kSaturated while |u| <= reach
   U curvature;  // |psi''(u)| <= curvature
+  U remainder;  // |psi''''(u)| / 24 <= remainder
 };
 
 // Here every sigma is 1 to the last bit of a double, and its square is still finite in a float.
@@ -51,20 +50,22 @@ template <class V> MIRROR_FN V clamp(V x, V lower, V upper) {
 template <class U> MIRROR_FN Unit<U> make_unit(U w, U s, U c) {
   const U b = -s * c, limit = kSaturated + U{};
   const U t = clamp(b, -limit, limit), r = rsqrt(1 + t * t);
-  return {w, s, c, b, w * s, product(t, r), product(r, r * r)};
+  return {s, b, w * s, w, w * s * s, w * s * s * s, c, product(t, r), product(r, r * r)};
 }
 
 template <class U, class Units> MIRROR_FN Bounds<U> make_bounds(const Units& units) {
-  U span{}, steepest{}, farthest{}, curvature{};
+  U span{}, steepest{}, farthest{}, curvature{}, fourth{};
+  MIRROR_UNROLL
   for (int k = 0; k < units.count; ++k) {
-    const auto unit = units[k];
+    const auto& unit = units[k];
     span += 2 * abs(unit.w);
     steepest = larger(steepest, unit.s);
     farthest = larger(farthest, abs(unit.c));
-    curvature += abs(unit.ws) * unit.s;
+    curvature += abs(unit.wss);
+    fourth += abs(unit.wsss) * unit.s;
   }
-  // max |sigma''| = 48 / 5^(5/2)
-  return {span, kSaturated / steepest - farthest, curvature * 0.8587f};
+  // max |sigma''| = 48 / 5^(5/2), max |sigma''''| = 8.0617
+  return {span, kSaturated / steepest - farthest, curvature * 0.8587f, fourth * 0.33591f};
 }
 
 template <bool far, class V, class U, class Reach>
@@ -78,8 +79,9 @@ MIRROR_FN V argument(V u, const Unit<U>& unit, Reach reach) {
 // sum_k w_k sigma(s_k (u - c_k)).
 template <bool far, class V, class Units> MIRROR_FN V sigmas(V u, const Units& units) {
   V sum{};
+  MIRROR_UNROLL
   for (int k = 0; k < units.count; ++k) {
-    const auto unit = units[k];
+    const auto& unit = units[k];
     const V t = argument<far>(u, unit, units.bounds.reach);
     sum += unit.w * (t * rsqrt(1 + t * t));
   }
@@ -87,8 +89,11 @@ template <bool far, class V, class Units> MIRROR_FN V sigmas(V u, const Units& u
 }
 
 // Clamping costs two operations a unit and is hardly ever needed: ask once for all units.
+template <class V, class Units> MIRROR_SLOW V far_sigmas(V u, const Units& units) {
+  return sigmas<true>(u, units);
+}
 template <class V, class Units> MIRROR_FN V sigmas(V u, const Units& units) {
-  return any(abs(u) > units.bounds.reach) ? sigmas<true>(u, units) : sigmas<false>(u, units);
+  return any(abs(u) > units.bounds.reach) ? far_sigmas(u, units) : sigmas<false>(u, units);
 }
 
 // units.base is sigmas(0), which makes psi(0) = 0 exactly.
@@ -103,8 +108,9 @@ template <class V> struct Point {
 
 template <bool far, class V, class Units> MIRROR_FN Point<V> psi_slope(V u, const Units& units) {
   V sum{}, slope{};
+  MIRROR_UNROLL
   for (int k = 0; k < units.count; ++k) {
-    const auto unit = units[k];
+    const auto& unit = units[k];
     const V t = argument<far>(u, unit, units.bounds.reach);
     const V r = rsqrt(1 + t * t);
     sum += unit.w * (t * r);
@@ -113,8 +119,11 @@ template <bool far, class V, class Units> MIRROR_FN Point<V> psi_slope(V u, cons
   return {u + (sum - units.base), 1 + slope};
 }
 
+template <class V, class Units> MIRROR_SLOW Point<V> far_psi_slope(V u, const Units& units) {
+  return psi_slope<true>(u, units);
+}
 template <class V, class Units> MIRROR_FN Point<V> psi_slope(V u, const Units& units) {
-  return any(abs(u) > units.bounds.reach) ? psi_slope<true>(u, units) : psi_slope<false>(u, units);
+  return any(abs(u) > units.bounds.reach) ? far_psi_slope(u, units) : psi_slope<false>(u, units);
 }
 
 // What one point gives to the gradient of the coefficients, summed over points with weight q.
@@ -127,8 +136,9 @@ template <bool far, class V, class Units>
 MIRROR_FN Point<V> accumulate(V u, V q, const Units& units, Moments<V>* moments) {
   V sum{}, slope{};
   const V lever = q * u;
+  MIRROR_UNROLL
   for (int k = 0; k < units.count; ++k) {
-    const auto unit = units[k];
+    const auto& unit = units[k];
     const V t = argument<far>(u, unit, units.bounds.reach);
     const V r = rsqrt(1 + t * t), rise = product(t, r) - unit.base, steep = product(r, r * r);
     // Differences at the point, not of the sums: at u = 0 they are zero exactly.
@@ -217,7 +227,137 @@ template <class T, class V, class Units>
 MIRROR_FN V solve(V target, V start, const Units& units, int& status) {
   const auto first = newton<T>(start, target, abs(target) + units.bounds.span, units);
   if (!any(!first.last)) return first.y;
-  return solve_in_bracket<T>(target, first, units, status);
+  int found = kConverged;  // apart, so that the caller's can stay in a register
+  const V y = solve_in_bracket<T>(target, first, units, found);
+  status = status < found ? found : status;
+  return y;
+}
+
+// psi^-1(psi(u) - rise) by the Taylor series of psi about u, and the lanes for which it is proven.
+//
+// psi is evaluated once, and of that only the derivatives are needed. With d = y - u and slope p,
+// p (d + a2 d^2 + a3 d^3) = -rise up to a remainder, for which the fourth derivative has a bound.
+template <class V, class M> struct Series {
+  V y;
+  M proven;
+};
+
+template <class T, class V, class Units> MIRROR_FN auto series(V u, V rise, const Units& units) {
+  V first{}, second{}, third{};
+  MIRROR_UNROLL
+  for (int k = 0; k < units.count; ++k) {
+    const auto& unit = units[k];
+    const V t = unit.s * u + unit.b;
+    const V r = rsqrt(1 + t * t), square = r * r, cube = r * square, fifth = cube * square;
+    first += unit.ws * cube;
+    second += unit.wss * (t * fifth);
+    third += unit.wsss * (fifth * (4 - 5 * square));
+  }
+  const V slope = 1 + first, inverse = reciprocal(slope);
+  const V a2 = T(-1.5) * second * inverse, a3 = T(0.5) * third * inverse;
+  const V linear = -(rise * inverse), h = a2 * linear;
+  const auto residual = [&](V d) -> V { return (d - linear) + d * d * (a2 + a3 * d); };
+  V d = linear * (1 - h + (2 * h * h - a3 * (linear * linear)));  // the inverse series
+  d = d - residual(d);
+  const V error = slope * abs(residual(d)) + units.bounds.remainder * ((d * d) * (d * d));
+  const auto proven = (slope > 0) & (error <= (4 * Limits<T>::eps) * (abs(u) + units.bounds.span));
+  return Series<V, decltype(proven)>{u + d, proven};
+}
+
+// psi^-1(psi(u) - rise) by Newton's method, from a start that is right to second order in rise.
+template <class T, class V, class Units>
+MIRROR_FN V shift_far(V u, V rise, const Units& units, int& status) {
+  const auto point = psi_slope(u, units);
+  return solve<T>(point.value - rise, u - rise * reciprocal(point.slope), units, status);
+}
+
+// psi^-1(psi(u) - rise); NaN, and a status that says why, where that failed.
+template <class T, class V, class Units>
+MIRROR_FN V shift(V u, V rise, const Units& units, int& status) {
+  if constexpr (std::is_same_v<T, float>) {  // a double asks for more than the series has
+    // Where it is not likely to be proven it is not tried.
+    const V square = rise * rise;
+    const auto likely = units.bounds.remainder * (square * square) <=
+                        (4 * Limits<T>::eps) * (abs(u) + units.bounds.span);
+    if (any(likely)) {
+      const auto near = series<T>(u, rise, units);
+      const auto taken = likely & near.proven;
+      if (!any(!taken)) return near.y;
+      return select(taken, near.y, shift_far<T>(u, rise, units, status));
+    }
+  }
+  return shift_far<T>(u, rise, units, status);
+}
+
+// The largest number that a storage does not round to Inf.
+MIRROR_FN float limit(float, Storage type) {
+  return type == Storage::f16    ? 65519.996f
+         : type == Storage::bf16 ? 0x1.fefffep127f
+                                 : Limits<float>::max;
+}
+MIRROR_FN double limit(double, Storage) { return Limits<double>::max; }
+
+// The elements of one parameter and of what goes with it. Absent: zeros, and 1 for the gain.
+template <class V> struct Elements {
+  V param, grad, gain, buffer, anchor, dual, dual_init;
+};
+
+// optim.MirrorDescent's step; with displacement u = phi - anchor,
+//
+//   stateless    z = grad h(decay phi - anchor)
+//   dual state   z = zeta + z_0,  or grad h of the decayed anchor + grad h*(zeta + z_0)
+//
+// then z -= lr d, phi = anchor + grad h*(z) and zeta = z - z_0. Elements for which that is not
+// finite, in the storage of the parameter and of the momentum, keep parameter and state.
+template <class T, class V, class Units>
+MIRROR_FN void mirror_step(Elements<V>& x, const Options<T>& options, const Units& units,
+                           int& worst) {
+  int status = kConverged;
+  const V shrink = options.gain ? 1 / x.gain : x.gain;
+  V d = options.scale * x.grad, b = x.buffer;
+  if (options.buffer) {
+    b = options.momentum * b + d;
+    d = options.nesterov ? d + options.momentum * b : b;
+  }
+  const V move = options.lr * d;
+
+  V u = x.param, z = x.dual + x.dual_init;
+  const bool moved = !options.dual || options.decay != 1;  // z has to be taken from the point
+  if (options.primal) {
+    // In units of psi, z / gain.
+    V t = z * shrink;
+    if (moved && options.dual) u = x.anchor + solve<T>(t, u - x.anchor, units, status);
+    u = options.decay * u - x.anchor;
+    if (!options.dual) {
+      u = shift<T>(u, move * shrink, units, status);
+    } else {
+      V start = u;
+      if (moved) {
+        const auto point = psi_slope(u, units);
+        t = point.value;
+        start = u - move * shrink * reciprocal(point.slope);
+      }
+      t = t - move * shrink;
+      u = solve<T>(t, start, units, status);
+      z = t * x.gain;
+    }
+  } else {
+    if (moved) {
+      if (options.dual) u = x.anchor + x.gain * psi(z, units);
+      const V target = (options.decay * u - x.anchor) * shrink;
+      z = solve<T>(target, options.dual ? z : target, units, status);
+    }
+    z = z - move;
+    u = x.gain * psi(z, units);
+  }
+  const V y = x.anchor + u, dual = z - x.dual_init;
+  const auto good = (abs(y) <= options.param_limit) & (abs(b) <= options.buffer_limit) &
+                    (abs(dual) <= Limits<T>::max);
+  if (any(!good) && status == kConverged) status = kNonfinite;
+  worst = worst < status ? status : worst;
+  x.param = select(good, y, x.param);
+  x.buffer = select(good, b, x.buffer);
+  x.dual = select(good, dual, x.dual);
 }
 
 }  // namespace

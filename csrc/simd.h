@@ -7,13 +7,14 @@
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-#define MIRROR_FN inline __attribute__((always_inline))
+#define MIRROR_INLINE __attribute__((always_inline))
+#define MIRROR_FN inline MIRROR_INLINE
 #define MIRROR_SLOW __attribute__((noinline, cold))
+#define MIRROR_UNROLL  // as the compiler sees fit
 
 namespace {
 
@@ -222,63 +223,6 @@ template <class V> MIRROR_FN V product(V x, V y) {
   V xy = x * y;
   MIRROR_ROUND(xy);
   return xy;
-}
-
-template <class M, class V> MIRROR_FN V select(M mask, V a, V b) { return mask ? a : b; }
-
-// Two registers at once: what one waits for, the other fills.
-template <class R> struct Pair {
-  R a, b;
-};
-
-template <class T> concept Number = std::is_arithmetic_v<T>;
-template <class R> using Lane = std::remove_cvref_t<decltype(R{}[0])>;
-
-#define MIRROR_PAIR_OPERATOR(op)                                                                  \
-  template <class R> MIRROR_FN auto operator op(Pair<R> x, Pair<R> y) {                           \
-    return Pair<decltype(x.a op y.a)>{x.a op y.a, x.b op y.b};                                    \
-  }                                                                                               \
-  template <class R, Number N> MIRROR_FN auto operator op(Pair<R> x, N number) {                  \
-    const Lane<R> y = number;                                                                     \
-    return Pair<decltype(x.a op y)>{x.a op y, x.b op y};                                          \
-  }                                                                                               \
-  template <class R, Number N> MIRROR_FN auto operator op(N number, Pair<R> y) {                  \
-    const Lane<R> x = number;                                                                     \
-    return Pair<decltype(x op y.a)>{x op y.a, x op y.b};                                          \
-  }
-MIRROR_PAIR_OPERATOR(+)
-MIRROR_PAIR_OPERATOR(-)
-MIRROR_PAIR_OPERATOR(*)
-MIRROR_PAIR_OPERATOR(/)
-MIRROR_PAIR_OPERATOR(<)
-MIRROR_PAIR_OPERATOR(>)
-MIRROR_PAIR_OPERATOR(<=)
-MIRROR_PAIR_OPERATOR(&)
-MIRROR_PAIR_OPERATOR(|)
-#undef MIRROR_PAIR_OPERATOR
-
-template <class R> MIRROR_FN Pair<R> operator-(Pair<R> x) { return {-x.a, -x.b}; }
-template <class R> MIRROR_FN Pair<R> operator!(Pair<R> x) { return {!x.a, !x.b}; }
-template <class R> MIRROR_FN Pair<R>& operator+=(Pair<R>& x, Pair<R> y) { return x = x + y; }
-template <class R> MIRROR_FN Pair<R> rsqrt(Pair<R> x) { return {rsqrt(x.a), rsqrt(x.b)}; }
-template <class R> MIRROR_FN Pair<R> reciprocal(Pair<R> x) {
-  return {reciprocal(x.a), reciprocal(x.b)};
-}
-template <class R> MIRROR_FN Pair<R> abs(Pair<R> x) { return {abs(x.a), abs(x.b)}; }
-template <class M> MIRROR_FN bool any(Pair<M> m) { return any(m.a | m.b); }
-template <class M, class R> MIRROR_FN Pair<R> select(Pair<M> m, Pair<R> x, Pair<R> y) {
-  return {select(m.a, x.a, y.a), select(m.b, x.b, y.b)};
-}
-
-// Two whole registers, where a count of lanes could stand.
-struct Two {};
-template <class T> MIRROR_FN Pair<Vec<T>> load(const T* p, Two) {
-  return {load(p), load(p + kLanes<T>)};
-}
-template <class T> MIRROR_FN Pair<Vec<T>> load(const T* p, Two, T) { return load(p, Two{}); }
-template <class T> MIRROR_FN void store(T* p, Pair<Vec<T>> v, Two) {
-  store(p, v.a);
-  store(p + kLanes<T>, v.b);
 }
 
 MIRROR_FN float abs(float x) { return __builtin_fabsf(x); }

@@ -1,8 +1,9 @@
 """What the tests of the operators share: implementations, operands, closeness to float64."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
+import cuda_on_host
 import pytest
 import torch
 from torch import Tensor
@@ -26,14 +27,37 @@ def _implementations() -> list[str]:
 IMPLEMENTATIONS = _implementations()
 DTYPES = (torch.float32, torch.float64)
 
+# Those of the multi-tensor step; test_triton_step has the Triton kernel on the interpreter.
+STEP_IMPLEMENTATIONS = [
+    *IMPLEMENTATIONS,
+    "cuda-host",
+    *(
+        pytest.param(
+            f"{name}-gpu",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+            ],
+        )
+        for name in ("cuda", "triton")
+    ),
+]
+
 
 @contextmanager
 def implementation(name: str) -> Iterator[None]:
-    backend, _, instruction_set = name.partition("-")
+    backend, _, place = name.partition("-")
+    if place == "gpu" and (reason := backends.BACKENDS[backend].unavailable()):
+        pytest.skip(reason)
+    instruction_set = place if backend == "cpp" else ""
     if instruction_set:
         best = torch.ops.mirror_opt_cpu.instruction_set("")
         torch.ops.mirror_opt_cpu.instruction_set(instruction_set)
-    with backends.use_backend(backend):
+    with (
+        cuda_on_host.installed() if place == "host" else nullcontext(),
+        torch.device("cuda" if place == "gpu" else "cpu"),
+        backends.use_backend(backend),
+    ):
         yield
     if instruction_set:
         torch.ops.mirror_opt_cpu.instruction_set(best)
@@ -45,12 +69,20 @@ def each_implementation(request):
         yield request.param
 
 
+@pytest.fixture(params=STEP_IMPLEMENTATIONS)
+def each_step_implementation(request):
+    """Tensors are made on its device, unless they say otherwise."""
+    with implementation(request.param):
+        yield request.param
+
+
 def random_units(count: int, *shape: int, seed: int = 0) -> Units:
     """float64 ``(count, *shape)``, w of either sign and slopes within 1 -+ 0.9."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def normal() -> Tensor:
-        return torch.randn(count, *shape, generator=generator, dtype=torch.float64)
+        x = torch.randn(count, *shape, generator=generator, dtype=torch.float64, device="cpu")
+        return x.to(torch.get_default_device())
 
     s = normal().exp()
     w = 0.9 * torch.tanh(normal()) / max(count, 1) / s

@@ -1,6 +1,7 @@
 """Which backend is chosen, and what is said where one cannot serve."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from ops_cases import operands
 
 import mirror_opt
 from mirror_opt import backends, maps
-from mirror_opt.backends import cpp, library, plain, triton, use_backend
+from mirror_opt.backends import cpp, cuda, library, plain, triton, use_backend
 from mirror_opt.errors import InputError
 from mirror_opt.ops import separable_forward
 from mirror_opt.reference import Units
@@ -105,6 +106,45 @@ def test_triton_needs_a_device():
     with pytest.raises(InputError, match=r"backend 'triton' is not available: .*CUDA device"):
         use_backend("triton")
     assert not any(row.chosen for row in backends.status())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_needs_a_device():
+    with pytest.raises(InputError, match="backend 'cuda' is not available: there is no CUDA devic"):
+        use_backend("cuda")
+
+
+def on_cuda(dtype=torch.float32):
+    """What a choice asks of a tensor on a CUDA device."""
+    return SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+
+
+def test_cuda_is_chosen_where_triton_is_not(monkeypatch):
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    assert backends.choose("step_", on_cuda(), 3, "algebraic") is triton
+    with use_backend("cuda"):
+        assert backends.choose("step_", on_cuda(), 3, "algebraic") is cuda
+    monkeypatch.setattr(triton, "unavailable", lambda: "it is not installed")
+    assert backends.choose("step_", on_cuda(torch.bfloat16), 3, "algebraic") is cuda
+    assert backends.choose("step_", on_cuda(torch.float64), 3, "algebraic") is plain
+    assert backends.choose("step_", torch.zeros(1), 3, "algebraic") is not cuda
+
+
+@pytest.mark.parametrize(
+    ("x", "units", "sigma", "reason"),
+    [
+        (on_cuda(torch.float64), 3, "algebraic", "and got torch.float64"),
+        (on_cuda(), 65, "algebraic", "it takes up to 64 units and got 65"),
+        (on_cuda(), 3, "tanh", "it has sigma='algebraic' only and got 'tanh'"),
+        (torch.zeros(1), 3, "algebraic", "it runs on CUDA devices and got a tensor on cpu"),
+    ],
+)
+def test_what_cuda_does_not_serve(x, units, sigma, reason, monkeypatch):
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    message = f"backend 'cuda' does not serve separable_step_: .*{reason}"
+    with use_backend("cuda"), pytest.raises(InputError, match=message):
+        backends.choose("step_", x, units, sigma)
 
 
 def test_without_the_library(without_library):

@@ -33,7 +33,7 @@ def build(tmp_path, **environment):
 @needs_sources
 def test_the_build_can_be_switched_off(tmp_path):
     folder, report = build(tmp_path, MIRROR_OPT_BUILD_EXT="0")
-    assert report["cpu"] == "it was not built: MIRROR_OPT_BUILD_EXT=0"
+    assert report == dict.fromkeys(("cpu", "cuda"), "it was not built: MIRROR_OPT_BUILD_EXT=0")
     assert not list(folder.glob("*.so"))
 
 
@@ -42,6 +42,17 @@ def test_the_build_goes_on_without_a_compiler(tmp_path):
     folder, report = build(tmp_path, CC="no-such-compiler", CXX="no-such-compiler")
     assert re.match(r"it could not be built: .*no-such-compiler", report["cpu"])
     assert not list(folder.glob("*.so"))
+
+
+@needs_sources
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_is_built_without_a_device_only_when_it_is_asked_for(tmp_path):
+    environment = {"CC": "no-such-compiler", "CXX": "no-such-compiler", "PATH": "", "CUDA_HOME": ""}
+    _, report = build(tmp_path, **environment)
+    assert report["cuda"].startswith("it was not built: there was no CUDA device (MIRROR_OPT_BUILD")
+    _, report = build(tmp_path, MIRROR_OPT_BUILD_EXT="cuda", **environment)
+    assert report["cpu"] == "it was not built: MIRROR_OPT_BUILD_EXT=cuda"
+    assert report["cuda"].startswith("it could not be built: nvcc")  # not found, or without a CXX
 
 
 @pytest.mark.skipif(cpp.unavailable() is not None, reason="the CPU library is not built")

@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 import torch._dynamo.testing
-from ops_cases import each_implementation, implementation, random_units  # noqa: F401
+from ops_cases import each_step_implementation, random_units  # noqa: F401
 from torch import Tensor
 
 from mirror_opt import reference
+from mirror_opt.backends import use_backend
 from mirror_opt.errors import InputError
 from mirror_opt.newton import Status
 from mirror_opt.ops import separable_inverse, separable_step_
@@ -24,7 +25,7 @@ SHAPES = (
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 pytestmark = [
-    pytest.mark.usefixtures("each_implementation"),
+    pytest.mark.usefixtures("each_step_implementation"),
     # torch's compiler imports modules of its own that torch deprecates.
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
 ]
@@ -37,13 +38,14 @@ class Lists:
         self, dtype=torch.float32, shapes=SHAPES, count=3, seed=0, *, primal=True, gains=True,
         anchor=False, dual=False, dual_init=False, **options,
     ):  # fmt: skip
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        device = torch.get_default_device()
         wide = torch.promote_types(dtype, torch.float32)
         state = wide if dual else dtype
 
         def normal(dtype, wanted=True, scale=1.0, shift=0.0):
-            draw = [torch.randn(shape, generator=generator) for shape, _ in shapes]
-            return [(scale * x + shift).to(dtype) for x in draw] if wanted else []
+            draw = [torch.randn(shape, generator=generator, device="cpu") for shape, _ in shapes]
+            return [(scale * x + shift).to(device, dtype) for x in draw] if wanted else []
 
         self.params, self.grads = normal(dtype), normal(dtype)
         self.gains = [x.abs() + 0.5 for x in normal(wide, gains)]
@@ -86,7 +88,7 @@ class Lists:
                 return gain * reference.psi(u, units)
 
             def inverse(t, gain=gain, units=units):
-                with implementation("torch"):
+                with use_backend("torch"):
                     return separable_inverse(t, gain, units)
 
             grad_h, grad_h_star = (value, inverse) if options["primal"] else (inverse, value)
@@ -134,12 +136,24 @@ def options():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_steps_are_those_of_the_equations(dtype):
+def test_steps_are_those_of_the_equations(dtype, each_step_implementation):  # noqa: F811
+    if dtype == torch.float64 and each_step_implementation.startswith(("cuda", "triton")):
+        pytest.skip("float64 is for the CPU")
     for i, chosen in enumerate(options()):
         lists = Lists(dtype, seed=i, **chosen)
         expected = lists.expected()
         assert lists.step() == Status.CONVERGED
         lists.assert_stepped(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_rows(dtype):
+    # Several blocks of a launch to a row, aligned and not, with and without a rest.
+    shapes = (((3, 5000), 3), ((2, 2049), 2), ((4, 131), 4), ((3001, 2), 3001), ((2, 4096), 2))
+    lists = Lists(dtype, shapes=shapes, dual=True, anchor=True, momentum=0.9)
+    expected = lists.expected()
+    assert lists.step() == Status.CONVERGED
+    lists.assert_stepped(expected)
 
 
 @pytest.mark.parametrize("dual", [False, True])
@@ -238,16 +252,46 @@ def test_autograd_sees_the_change():
     assert all(x._version > v for x, v in zip(lists.tensors(), versions, strict=True))
 
 
-def test_no_temporary_of_the_size_of_the_parameters(each_implementation):  # noqa: F811
-    if each_implementation == "torch":
+def test_no_temporary_of_the_size_of_the_parameters(each_step_implementation):  # noqa: F811
+    if each_step_implementation == "torch":
         pytest.skip("plain PyTorch makes many")
     lists = Lists(shapes=(((8, 10_000), 8), ((50_000,), 1)), dual=True, anchor=True, momentum=0.9,
                   weight_decay=0.1)  # fmt: skip
     lists.step()
+    if each_step_implementation.endswith("gpu"):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        lists.step()
+        assert torch.cuda.max_memory_allocated() - before < 4096
+        return
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         lists.step()
     grown = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
     assert 0 < grown < 1000
+
+
+def test_steps_on_a_device_do_not_synchronise_and_replay_from_a_graph(
+    each_step_implementation,  # noqa: F811
+):
+    if not each_step_implementation.endswith("gpu"):
+        pytest.skip("needs a CUDA device")
+    graphed, eager, lr = Lists(momentum=0.9), Lists(momentum=0.9), torch.tensor(LR)
+    graphed.step(lr)  # what is compiled on first use
+    eager.step(lr)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graphed.step(lr)
+        eager.step(lr)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graphed.step(lr)
+    for rate in (0.05, 0.2):
+        lr.fill_(rate)
+        graph.replay()
+        eager.step(lr)
+    assert all(torch.equal(a, b) for a, b in zip(graphed.tensors(), eager.tensors(), strict=True))
 
 
 def test_opcheck_and_compiled_once_for_all_rates():

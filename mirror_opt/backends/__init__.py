@@ -10,12 +10,17 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mirror_opt.backends import cpp, plain, triton
+from mirror_opt.backends import cpp, cuda, plain, triton
 from mirror_opt.errors import InputError
 
 __all__ = ["BACKENDS", "BackendStatus", "choose", "status", "use_backend"]
 
-BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpp": cpp, "torch": plain}
+BACKENDS: dict[str, ModuleType] = {
+    "triton": triton,
+    "cuda": cuda,
+    "cpp": cpp,
+    "torch": plain,
+}
 """By name, the fastest first. Each module has the operators that it implements as functions, and
 
 ``DEVICES``: the types of devices for which it is an automatic choice, None for all;

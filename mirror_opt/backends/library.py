@@ -20,7 +20,7 @@ def load(name: str) -> str | None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"{path.name} does not load: {error}"
+        return f"{path.name} does not load: {error.__cause__ or error}"
     return None
 
 
