@@ -27,7 +27,7 @@ def inner_step(inner: InnerLoop, params, zeta, rate: Tensor, x: Tensor, y: Tenso
 def meta_loss(learner: meta.MetaLearner, step: Callable, batch: tuple[Tensor, ...]) -> Tensor:
     """The mean query loss of a batch of tasks after the learner's number of steps."""
     # Gradients by torch.func are traced into the graph, and autograd differentiates the graph.
-    inner = replace(learner.inner_loop(), functional=True)
+    inner = replace(learner.inner_loop(), differentiation="func")
     losses = []
     for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
         params, zeta = inner.init, tuple(torch.zeros_like(p) for p in inner.init)

@@ -1,7 +1,7 @@
 """The interface of every mirror map, and the registry by which the package finds them."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -182,15 +182,14 @@ class MirrorMap(nn.Module):
 
     # Over the tensors.
 
-    def _batches(self, xs: Tensors, coefficients: Sequence[Any] | None) -> Iterator[_Batch]:
+    def _batches(self, xs: Tensors, coefficients: Sequence[Any] | None) -> list[_Batch]:
         """The tensors that are there, with what belongs to them: here one at a time."""
         coefficients = self.coefficients() if coefficients is None else coefficients
         if coefficients is None:
             coefficients = [None] * len(xs)
         self._check_count(xs, len(coefficients))
-        for i, (x, c) in enumerate(zip(xs, coefficients, strict=True)):
-            if x is not None:
-                yield _Batch([i], x, c)
+        pairs = zip(xs, coefficients, strict=True)
+        return [_Batch([i], x, c) for i, (x, c) in enumerate(pairs) if x is not None]
 
     def _check_count(self, xs: Tensors, count: int) -> None:
         if len(xs) != count:

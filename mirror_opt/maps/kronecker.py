@@ -1,7 +1,7 @@
 """KroneckerNeural: separable maps in learned rotated coordinates, summed. The default map."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -226,15 +226,17 @@ class KroneckerNeural(NeuralMap):
     def coefficients(self) -> list[_Terms]:
         return [group() for group in self.groups]
 
-    def _batches(self, xs: Tensors, coefficients: Sequence[_Terms] | None) -> Iterator[_Batch]:
+    def _batches(self, xs: Tensors, coefficients: Sequence[_Terms] | None) -> list[_Batch]:
         coefficients = self.coefficients() if coefficients is None else coefficients
         self._check_count(xs, len(self.shapes))
+        batches = []
         for group, terms in zip(self.groups, coefficients, strict=True):
             members = [m for m, i in enumerate(group.indices) if xs[i] is not None]
             indices = [group.indices[m] for m in members]
             if members:
                 mine = terms if len(members) == len(group.indices) else terms.of(members)
-                yield _Batch(indices, group.stack([xs[i] for i in indices]), mine)
+                batches.append(_Batch(indices, group.stack([xs[i] for i in indices]), mine))
+        return batches
 
     def _each(
         self,
@@ -305,20 +307,21 @@ class KroneckerNeural(NeuralMap):
             inverse = [torch.linalg.inv(f) for f in coefficient.factors]
             v = mode_product(t.unsqueeze(1), inverse, transpose=True)
             return mode_product(coefficient.separable.inverse(v), inverse).squeeze(1)
-        # Tensor by tensor: each converges in its own number of steps, to its own accuracy.
-        solved = [
-            self._solve_coupled(t[m : m + 1], coefficient.of(slice(m, m + 1)))
-            for m in range(len(t))
-        ]
-        return torch.cat(solved)
+        return self._solve_coupled(t, coefficient)
 
+    @torch.compiler.disable  # one break in a compiled graph for the whole group
     def _solve_coupled(self, t: Tensor, terms: _Terms) -> Tensor:
-        return implicit_convex(
-            lambda u: self._closed(u, terms),
-            lambda u: self._jacobian(u, terms),
-            lambda u: self._integral(u, terms),
-            t,
-        )
+        # Tensor by tensor: each converges in its own number of steps, to its own accuracy.
+        def solve(t: Tensor, terms: _Terms) -> Tensor:
+            return implicit_convex(
+                lambda u: self._closed(u, terms),
+                lambda u: self._jacobian(u, terms),
+                lambda u: self._integral(u, terms),
+                t,
+            )
+
+        members = [slice(m, m + 1) for m in range(len(t))]
+        return torch.cat([solve(t[m], terms.of(m)) for m in members])
 
     def _bounds(self, coefficient: _Terms) -> tuple[Tensor, Tensor]:
         gain, units, sigma = coefficient.separable

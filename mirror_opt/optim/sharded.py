@@ -124,6 +124,9 @@ class OnShards:
         coefficients = self._map.coefficients()
         if coefficients is None:
             return None
+        if not any(_is_cut(q) for at in self._inside for q in at or ()):
+            # The map gets whole tensors, and its coefficients need not be one for each of them.
+            return tree_map_only(Tensor, whole, coefficients)
         return [
             c if at is None else tree_map_only(Tensor, functools.partial(_part, p=p, at=at), c)
             for c, p, at in zip(coefficients, self._params, self._inside, strict=True)
