@@ -59,9 +59,7 @@ def _map(kind: tl.constexpr, **shape: int) -> Variant:
     names = "x_ptr gain_ptr w_ptr s_ptr c_ptr out_ptr"
     if kind == separable._STEP:
         names += " g_ptr lr_ptr"
-    types = _pointers(names) | dict.fromkeys(
-        ("rows", "n", "columns", "gain_rows", "tiles"), "i32"
-    )
+    types = _pointers(names) | dict.fromkeys(("rows", "n", "columns", "gain_rows", "tiles"), "i32")
     shape = {"CB": 1, "NB": 256} | shape
     constants = {"K": 4, "KIND": kind.value, "ROUNDS": separable._ROUNDS, **shape}
     return Variant(separable._map_kernel, types | {"status_ptr": "*i32"}, constants)
@@ -69,9 +67,7 @@ def _map(kind: tl.constexpr, **shape: int) -> Variant:
 
 def _backward(inverted: bool, **shape: int) -> Variant:
     names = "grad_ptr u_ptr gain_ptr w_ptr s_ptr c_ptr grad_u_ptr grad_gain_ptr partial_ptr"
-    types = _pointers(names) | dict.fromkeys(
-        ("rows", "n", "columns", "gain_rows", "tiles"), "i32"
-    )
+    types = _pointers(names) | dict.fromkeys(("rows", "n", "columns", "gain_rows", "tiles"), "i32")
     shape = {"CB": 1, "NB": 256} | shape
     return Variant(separable._backward_kernel, types, {"K": 4, "INVERTED": inverted, **shape})
 
@@ -173,7 +169,8 @@ def hot_path(instructions: list[Instruction], labels: dict[str, int]) -> list[In
     # The loop over tiles is the largest one with whole accesses.
     first, last = max(
         (
-            loop for loop in loops
+            loop
+            for loop in loops
             if any("LDG.E.128" in x.operation for x in instructions[loop[0] : loop[1]])
         ),
         key=lambda loop: loop[1] - loop[0],

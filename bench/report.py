@@ -8,6 +8,7 @@ function ``NAME`` makes of the rows. No number in it is written by hand.
 """
 
 import argparse
+import math
 import re
 import statistics
 import sys
@@ -109,7 +110,37 @@ def study_table(study: str) -> str:
         "deviation over seeds."
     )
     head = ["method", "rates (init, map)", *[str(s) for s in steps], "seeds"]
-    return f"{title}\n\n{table(head, body)}\n\n{circumstances(rows)}"
+    parts = [title, table(head, body), paired(rows), circumstances(rows)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def paired(rows: list[dict]) -> str:
+    """mirror against its rivals at the trained step, seed by seed: all see the same tasks."""
+    at = [r for r in rows if r["adapt_steps"] == r["train_steps"]]
+    metrics = {(r["variant"], r["seed"]): r["mean"] for r in at}
+    percent = rows[0]["metric"] == "accuracy"
+    found = []
+    for rival in ("meta-curvature", "mirror, psi linear"):
+        pairs = [
+            (mean, metrics[rival, seed])
+            for (variant, seed), mean in metrics.items()
+            if variant == "mirror" and metrics.get((rival, seed)) and mean is not None
+        ]
+        if len(pairs) < 2:
+            continue
+        values = [100 * (a - b) if percent else math.log(a / b) for a, b in pairs]
+        mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+        if percent:
+            found.append(f"{mean:+.2f} ± {error:.2f} points against {rival}")
+        else:
+            low, high = math.exp(mean - error), math.exp(mean + error)
+            found.append(f"{math.exp(mean):.2f} ({low:.2f} to {high:.2f}) times that of {rival}")
+    if not found:
+        return ""
+    what = "mean ± standard error" if percent else "geometric mean, and one standard error"
+    return (
+        f"`mirror` at the trained number of steps, paired over seeds ({what}): {'; '.join(found)}."
+    )
 
 
 def search_table(study: str) -> str:
@@ -132,7 +163,7 @@ def search_table(study: str) -> str:
         def cell(at: tuple, mine: dict = mine, best: float = best) -> str:
             if at not in mine:
                 return ""
-            if mine[at] is None:
+            if mine[at] is None or (not percent and mine[at] > 1e3):
                 return "diverged"
             text = f"{100 * mine[at]:.1f}" if percent else f"{mine[at]:.2g}"
             return f"**{text}**" if mine[at] == best else text

@@ -72,8 +72,16 @@ def resnet12() -> Shapes:
 def gpt2_small() -> Shapes:
     width, norm = 768, [(768,), (768,)]
     block: Shapes = [
-        *norm, (3 * width, width), (3 * width,), (width, width), (width,),
-        *norm, (4 * width, width), (4 * width,), (width, 4 * width), (width,),
+        *norm,
+        (3 * width, width),
+        (3 * width,),
+        (width, width),
+        (width,),
+        *norm,
+        (4 * width, width),
+        (4 * width,),
+        (width, 4 * width),
+        (width,),
     ]
     return [(50257, width), (1024, width), *12 * block, *norm]
 
@@ -370,9 +378,15 @@ def main() -> None:
                 seconds = timer(run, restore)
                 cuts = statistics.quantiles(seconds, n=5)
                 row = {
-                    "case": problem.case, "elements": problem.elements,
-                    "tensors": len(problem.params), "units": units, "contender": name, "way": way,
-                    "seconds": statistics.median(seconds), "p20": cuts[0], "p80": cuts[3],
+                    "case": problem.case,
+                    "elements": problem.elements,
+                    "tensors": len(problem.params),
+                    "units": units,
+                    "contender": name,
+                    "way": way,
+                    "seconds": statistics.median(seconds),
+                    "p20": cuts[0],
+                    "p80": cuts[3],
                     "repeats": len(seconds),
                 }
                 if name in errors:
