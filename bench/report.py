@@ -324,6 +324,21 @@ GUARDED = "past the trained steps"
 # Validity.
 
 
+@part("validity-summary")
+def validity_summary() -> str:
+    rows = read_rows("validity")
+    if not rows:
+        return PENDING
+    trained = [r for r in rows if r["trained"]]
+    return (
+        f"{sum(map(valid, rows))} of {len(rows)} checks passed ({len(trained)} of them after "
+        f"training): largest relative error of a round trip "
+        f"{max(r['round_trip_float32'] for r in rows):.0e}, largest asymmetry "
+        f"{max(r['asymmetry'] for r in rows):.0e}, smallest eigenvalue "
+        f"{min(r['eigenvalue_min'] for r in rows):.1g}."
+    )
+
+
 @part("validity")
 def validity_table() -> str:
     rows = read_rows("validity")
