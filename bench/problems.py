@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import math
+import os
 import re
 import sysconfig
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mirror_opt.fewshot.images import list_images, read_images
 
 
 class Problem(NamedTuple):
@@ -233,3 +236,60 @@ def language_model(seed: int) -> Problem:
             return float(cross_entropy(model(x), y))
 
     return Problem(list(model.parameters()), loss, metric, (model, cross_entropy, sample))
+
+
+class _Residual(nn.Module):
+    def __init__(self, inside: int, outside: int, stride: int):
+        super().__init__()
+        self.first = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
+        self.second = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(outside), nn.BatchNorm2d(outside)
+        self.skip = nn.Conv2d(inside, outside, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm2(self.second(F.relu(self.norm1(self.first(x)))))
+        return F.relu(h + self.skip(x))
+
+
+@cache
+def _images() -> tuple[Tensor, Tensor]:
+    """The 64 training classes of CIFAR-FS: uint8 ``(n, 3, 32, 32)``, and labels."""
+    root = os.environ.get("MIRROR_OPT_DATA")
+    if not root:
+        raise SystemExit("resnet: set MIRROR_OPT_DATA to the folder that holds cifar-fs/")
+    files = list_images(Path(root) / "cifar-fs")
+    names = sorted(n for n in files if n.split("/")[0].removesuffix(".zip") == "train")
+    classes = sorted({n.split("/")[-2] for n in names})
+    labels = torch.tensor([classes.index(n.split("/")[-2]) for n in names])
+    return torch.tensor(read_images([files[n] for n in names], 32, 3)), labels
+
+
+def resnet(seed: int) -> Problem:
+    """A small residual network on the 64 training classes of CIFAR-FS.
+
+    Metric: the loss on 2000 images held out, with the statistics of each batch.
+    """
+    images, labels = _images()
+    order = torch.randperm(len(images), generator=_generator(0))
+    held, rest = order[:2000], order[2000:]
+    torch.manual_seed(seed)
+    blocks = [_Residual(16, 16, 1), _Residual(16, 32, 2), _Residual(32, 64, 2)]
+    stem = [nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    model = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 64))
+
+    def batch(at: Tensor) -> tuple[Tensor, Tensor]:
+        return images[at].float() / 255 - 0.5, labels[at]
+
+    def sample(g: torch.Generator, size: int = 64) -> tuple[Tensor, Tensor]:
+        return batch(rest[torch.randint(len(rest), (size,), generator=g)])
+
+    def loss(step: int) -> Tensor:
+        x, y = sample(_generator(1000 * seed + step))
+        return F.cross_entropy(model(x), y)
+
+    def metric() -> float:
+        with torch.no_grad():
+            losses = [F.cross_entropy(model(x), y) for x, y in map(batch, held.split(500))]
+        return float(torch.stack(losses).mean())
+
+    return Problem(list(model.parameters()), loss, metric, (model, F.cross_entropy, sample))

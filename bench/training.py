@@ -159,6 +159,20 @@ SETTINGS = {
             "SeparableNeural, learned": (partial(learned, 0.1), powers(-2, -1)),
         },
     ),
+    "resnet": Setting(
+        problems.resnet,
+        "held-out loss",
+        400,
+        {
+            "SGD": (sgd, powers(-2, -1)),
+            "AdamW": (adamw, powers(-3, -2)),
+            "Hypentropy(0.1)": (partial(mirror, maps.Hypentropy(0.1)), powers(-1, 0)),
+            "PNorm(1.5)": (partial(mirror, maps.PNorm(1.5)), powers(-2, -1)),
+            "PNorm(3)": (partial(mirror, maps.PNorm(3.0)), powers(-3, -2)),
+            "SeparableNeural, by hand": (partial(thresholding, 0.01), powers(-2, -1)),
+            "SeparableNeural, learned": (partial(learned, 0.1), powers(-2, -1)),
+        },
+    ),
 }
 
 
