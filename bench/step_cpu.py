@@ -44,7 +44,9 @@ LISTS = ["conv4-32", "resnet12", "gpt2-small"]
 COMPILED_UNITS = 8  # of lists
 SLOW = {"torch": 3, "formula": 5}  # rounds, and none of them in a list of more elements than
 EAGER_LIMIT = 5 * 10**7
-SAMPLE = 2e-3  # seconds: what is faster runs several times in a round
+# Seconds: what is faster runs several times in a round. Less than a slice of the scheduler, so that
+# on a shared core most samples are of the step alone.
+SAMPLE = 2e-4
 
 
 @torch.no_grad()
