@@ -314,8 +314,8 @@ def step_cpu() -> str:
         [
             "![Step on a CPU](docs/images/step-cpu.png)",
             table(["", "reached", "asked for", ""], lines),
-            f"No residual is above {worst:.1e} of the value. Medians in ms, of one tensor of n "
-            "elements with coefficients for the tensor:",
+            f"No residual is above {worst:.1e} of the value. Medians in ms, empty: not measured; "
+            "of one tensor of n elements with coefficients for the tensor:",
             step_table(rows, single),
             "of the parameters of networks with coefficients for each channel:",
             step_table(rows, [x for x in cases if x[0][:2] != "n="]),
