@@ -10,8 +10,9 @@ SGD and AdamW, foreach and fused; each launched from Python, and as a CUDA graph
 captured. Times are of one step with a cold cache, from events on the device. Before it is timed,
 each step of ours is held against float64.
 
-A row has three ceilings for the step with two evaluations of psi: memory at the bandwidth of a
-copy measured here, special functions at 16 and fp32 operations at 128 per multiprocessor and cycle.
+A row has three ceilings: memory at the bandwidth of a copy measured here, special functions at 16
+and fp32 operations at 128 per multiprocessor and cycle. The Triton step evaluates psi and psi'
+twice, the one in CUDA C++ three derivatives once.
 Rows in $OUT/step_gpu.json, or bench/results/step_gpu.json.
 """
 
@@ -23,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 # Before anything imports Triton.
 if "--dry-run" in sys.argv:
@@ -32,122 +33,18 @@ if "--dry-run" in sys.argv:
 import torch
 import triton
 from results import add_rows
+from steps import LR, MODELS, Problem, compiled, formula, make_problem, optimizer_step, residual
 from torch import Tensor
 
-from mirror_opt import reference
 from mirror_opt.backends import cuda
-from mirror_opt.fewshot import Conv4
 from mirror_opt.kernels import multi_tensor
-from mirror_opt.reference import Units
 from mirror_opt.runs.results import versions
 
 NAME = "step_gpu"
-LR = 1e-2
-NEWTON_STEPS = 2
-TOLERANCE = 2e-6
 # Larger problems than this have no room for the temporaries of the eager formula.
 EAGER_LIMIT = 10**7
-# Compiling takes longer than all else together: it is done for these K, and lists of more tensors
-# than this are compiled a tensor at a time.
+# Compiling takes longer than all else together: it is done for these K.
 COMPILED_UNITS = (8,)
-COMPILED_TENSORS = 64
-Shapes = list[tuple[int, ...]]
-
-
-def conv4() -> Shapes:
-    return [tuple(p.shape) for p in Conv4((1, 28, 28), 5, filters=64).parameters()]
-
-
-def resnet12() -> Shapes:
-    shapes: Shapes = []
-    inputs = 3
-    for width in (64, 96, 128, 256):
-        convolutions = [(width, inputs, 3, 3), (width, width, 3, 3), (width, width, 3, 3)]
-        for shape in (*convolutions, (width, inputs, 1, 1)):
-            shapes += [shape, (width,), (width,)]  # and its batch norm
-        inputs = width
-    return [*shapes, (5, inputs), (5,)]
-
-
-def gpt2_small() -> Shapes:
-    width, norm = 768, [(768,), (768,)]
-    block: Shapes = [
-        *norm,
-        (3 * width, width),
-        (3 * width,),
-        (width, width),
-        (width,),
-        *norm,
-        (4 * width, width),
-        (4 * width,),
-        (width, 4 * width),
-        (width,),
-    ]
-    return [(50257, width), (1024, width), *12 * block, *norm]
-
-
-MODELS = {"conv4": conv4, "resnet12": resnet12, "gpt2-small": gpt2_small}
-
-
-class Problem(NamedTuple):
-    """A list of parameters with gradients, and coefficients for each channel ``(K, C)``."""
-
-    case: str
-    params: list[Tensor]
-    grads: list[Tensor]
-    gains: list[Tensor]
-    units: list[Units]
-
-    @property
-    def elements(self) -> int:
-        return sum(p.numel() for p in self.params)
-
-    def rows(self, i: int, x: Tensor) -> Tensor:
-        """``x`` as ``(C, n)``, as the parameter i is seen."""
-        return x.reshape(self.units[i].w.shape[1], -1)
-
-
-def make_problem(case: str, shapes: Shapes, per_channel: bool, units: int, device: str) -> Problem:
-    generator = torch.Generator(device).manual_seed(0)
-    options: dict[str, Any] = {"generator": generator, "device": device}
-
-    def coefficients(shape: tuple[int, ...]) -> Units:
-        columns = shape[0] if per_channel else 1
-        s = 0.5 + torch.rand(units, columns, **options)
-        w = (torch.rand(units, columns, **options) - 0.5) / units / s
-        return Units(w, s, torch.randn(units, columns, **options))
-
-    params = [torch.randn(shape, **options) for shape in shapes]
-    grads = [torch.randn(shape, **options) for shape in shapes]
-    gains = [1 + torch.rand(shape, **options) for shape in shapes]
-    return Problem(case, params, grads, gains, [coefficients(shape) for shape in shapes])
-
-
-def check(problem: Problem, backend: str, gain: bool, sample: int = 100_000) -> float:
-    """The largest residual of a step in float64, over |t| + W; of a few entries of each row."""
-    before = [p.clone() for p in problem.params]
-    status = our_step(problem, backend, gain)
-    if int(status):
-        raise RuntimeError(f"{problem.case}: the solve ended with status {int(status)}")
-    worst = 0.0
-    for i, (param, old, units) in enumerate(
-        zip(problem.params, before, problem.units, strict=True)
-    ):
-        stride = max(1, param.numel() // sample)
-        wide = Units(*(x.double().unsqueeze(2) for x in units))
-
-        def rows(x: Tensor, i: int = i, stride: int = stride) -> Tensor:
-            return problem.rows(i, x)[:, ::stride].double()
-
-        g = rows(problem.grads[i]) / (rows(problem.gains[i]) if gain else 1)
-        t = reference.psi(rows(old), wide) - LR * g
-        residual = (reference.psi(rows(param), wide) - t).abs()
-        worst = max(worst, float((residual / (t.abs() + reference.psi_bracket(wide))).max()))
-    for param, old in zip(problem.params, before, strict=True):
-        param.copy_(old)
-    if worst > TOLERANCE:
-        raise RuntimeError(f"{problem.case}: the residual is {worst:.1e}, above {TOLERANCE:.0e}")
-    return worst
 
 
 def our_step(problem: Problem, backend: str, gain: bool) -> Tensor:
@@ -166,50 +63,13 @@ def our_step(problem: Problem, backend: str, gain: bool) -> Tensor:
     return status
 
 
-def formula(params: list[Tensor], grads: list[Tensor], units: list[Units]) -> None:
-    """The step with a fixed number of Newton steps, as one writes it in PyTorch."""
-    for param, grad, (w, s, c) in zip(params, grads, units, strict=True):
-        x, g = (y.view(w.shape[1], -1) for y in (param, grad))
-
-        def evaluate(u: Tensor, w: Tensor = w, s: Tensor = s, c: Tensor = c):
-            total, slope = u, torch.ones_like(u)
-            for w_k, s_k, c_k in zip(w.unsqueeze(2), s.unsqueeze(2), c.unsqueeze(2), strict=True):
-                t, t0 = s_k * (u - c_k), -s_k * c_k
-                r = torch.rsqrt(1 + t * t)
-                total = total + w_k * (t * r - t0 * torch.rsqrt(1 + t0 * t0))
-                slope = slope + w_k * s_k * r * r * r
-            return total, slope
-
-        value, slope = evaluate(x)
-        target = value - LR * g
-        y = x - LR * g / slope
-        for _ in range(NEWTON_STEPS):
-            value, slope = evaluate(y)
-            y = y - (value - target) / slope
-        x.copy_(y)
-
-
-def optimizer_step(problem: Problem, kind: type, **options: Any) -> Callable[[], Any]:
-    params = [torch.nn.Parameter(p) for p in problem.params]  # shares memory
-    for param, grad in zip(params, problem.grads, strict=True):
-        param.grad = grad
-    return kind(params, lr=LR, **options).step
-
-
-def compiled(problem: Problem) -> Callable[[], None]:
-    torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = 64  # a list has that many shapes at most
-    run = torch.compile(formula, dynamic=False)
-    lists = problem.params, problem.grads, problem.units
-    if len(problem.params) <= COMPILED_TENSORS:
-        return partial(run, *lists)
-    single = [([p], [g], [u]) for p, g, u in zip(*lists, strict=True)]
-
+def check(problem: Problem, backend: str, gain: bool) -> float:
     def step() -> None:
-        for args in single:
-            run(*args)
+        status = int(our_step(problem, backend, gain))
+        if status:
+            raise RuntimeError(f"{problem.case}: the solve ended with status {status}")
 
-    return step
+    return residual(problem, step, gain)
 
 
 def ours() -> list[str]:
@@ -278,7 +138,7 @@ class Timer:
 
 
 class Ceilings:
-    """Seconds below which a step with two evaluations of psi cannot come."""
+    """Seconds below which a step cannot come."""
 
     def __init__(self, device: str, timer: Timer):
         properties = torch.cuda.get_device_properties(device)
@@ -292,13 +152,14 @@ class Ceilings:
         torch.cuda.synchronize()
         self.cycles = properties.multi_processor_count * self.clock
 
-    def row(self, elements: int, units: int, gain: bool) -> dict[str, float]:
-        # Two evaluations: a reciprocal square root and seven operations a unit, and a division
-        # for each step from one point to the next.
+    def row(self, elements: int, units: int, contender: str) -> dict[str, float]:
+        # At each point a reciprocal square root and so many operations a unit, and a division for
+        # each step from one point to the next.
+        points, operations = (2, 14 * units + 3) if "triton" in contender else (1, 12 * units + 25)
         return {
-            "ceiling_memory": (16 if gain else 12) * elements / self.bandwidth,
-            "ceiling_special": (2 * units + 2) * elements / (16 * self.cycles),
-            "ceiling_fp32": (14 * units + 3) * elements / (128 * self.cycles),
+            "ceiling_memory": (16 if "gain" in contender else 12) * elements / self.bandwidth,
+            "ceiling_special": (points * units + points) * elements / (16 * self.cycles),
+            "ceiling_fp32": operations * elements / (128 * self.cycles),
             "copy_bytes_per_second": self.bandwidth,
             "clock": self.clock,
         }
@@ -392,8 +253,7 @@ def main() -> None:
                 if name in errors:
                     row["residual"] = errors[name]
                     if ceilings:
-                        gain = name.endswith("gain")
-                        row |= ceilings.row(problem.elements, units, gain)
+                        row |= ceilings.row(problem.elements, units, name)
                 rows.append(row | about)
                 print(described(row, options.dry_run), flush=True)
         if not options.dry_run:

@@ -239,26 +239,50 @@ template <class V> MIRROR_FN void write(const Stored& x, int64_t i, Pair<V> valu
   write(x, i + (int64_t)(sizeof(V) / (x.type == Storage::f64 ? 8 : 4)), value.b, All{});
 }
 
-template <class T> int step_(const Entry<T>& entry, Options<T> options, int64_t begin, int64_t end) {
+// With `common`, the step without momentum, anchor and dual state of tensors stored in T itself:
+// what it does without, the compiler then leaves out.
+template <bool common, class T>
+int step_elements(const Entry<T>& entry, const Options<T>& options, int64_t begin, int64_t end) {
+  constexpr Storage own = std::is_same_v<T, double> ? Storage::f64 : Storage::f32;
   int status = kConverged;
+  const auto one = [&](const auto& units, int64_t i, int64_t, auto lanes) MIRROR_INLINE {
+    using V = decltype(load((const T*)nullptr, lanes));
+    Options<T> mine = options;
+    V gain = V{} + T(1);
+    if (options.gain) gain = load(entry.map.gain + i, lanes, T(1));
+    if constexpr (common) {
+      mine.primal = true;
+      mine.buffer = mine.dual = false;
+      mine.buffer_limit = Limits<T>::max;
+      const Stored param{entry.param.data, own}, grad{entry.grad.data, own};
+      Elements<V> x{read(T{}, param, i, lanes), read(T{}, grad, i, lanes), gain, V{}, V{}, V{}, V{}};
+      mirror_step<T>(x, mine, units, status);
+      write(param, i, x.param, lanes);
+    } else {
+      const auto get = [&](const Stored& x) { return x.data ? read(T{}, x, i, lanes) : V{}; };
+      Elements<V> x{get(entry.param),  get(entry.grad), gain, get(entry.buffer),
+                    get(entry.anchor), get(entry.dual), get(entry.dual_init)};
+      mirror_step<T>(x, mine, units, status);
+      write(entry.param, i, x.param, lanes);
+      if (options.dual) write(entry.dual, i, x.dual, lanes);
+      if (options.buffer) write(entry.buffer, i, x.buffer, lanes);
+    }
+  };
+  sweep(entry.map, begin, end, one);
+  return status;
+}
+
+template <class T> int step_(const Entry<T>& entry, Options<T> options, int64_t begin, int64_t end) {
   options.gain = entry.map.gain != nullptr;
   options.buffer = entry.buffer.data != nullptr;
   options.dual = entry.dual.data != nullptr;
   options.param_limit = limit(T{}, entry.param.type);
   options.buffer_limit = limit(T{}, entry.buffer.type);
-  const auto one = [&](const auto& units, int64_t i, int64_t, auto lanes) MIRROR_INLINE {
-    using V = decltype(load((const T*)nullptr, lanes));
-    const auto get = [&](const Stored& x) { return x.data ? read(T{}, x, i, lanes) : V{}; };
-    const V gain = options.gain ? load(entry.map.gain + i, lanes, T(1)) : V{} + T(1);
-    Elements<V> x{get(entry.param),  get(entry.grad), gain, get(entry.buffer),
-                  get(entry.anchor), get(entry.dual), get(entry.dual_init)};
-    mirror_step<T>(x, options, units, status);
-    write(entry.param, i, x.param, lanes);
-    if (options.dual) write(entry.dual, i, x.dual, lanes);
-    if (options.buffer) write(entry.buffer, i, x.buffer, lanes);
-  };
-  sweep(entry.map, begin, end, one);
-  return status;
+  const bool stored = entry.param.type == entry.grad.type && entry.param.type <= Storage::f64;
+  const bool common = stored && options.primal && !options.buffer && !options.dual &&
+                      !entry.anchor.data && !entry.dual_init.data;
+  return common ? step_elements<true>(entry, options, begin, end)
+                : step_elements<false>(entry, options, begin, end);
 }
 
 // Whether some |x| is above the bound, or NaN.

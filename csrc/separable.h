@@ -256,17 +256,16 @@ template <class T, class V, class Units> MIRROR_FN auto series(V u, V rise, cons
   const V slope = 1 + first, inverse = reciprocal(slope);
   const V a2 = T(-1.5) * second * inverse, a3 = T(0.5) * third * inverse;
   const V linear = -(rise * inverse), h = a2 * linear;
-  const auto residual = [&](V d) -> V { return (d - linear) + d * d * (a2 + a3 * d); };
-  V d = linear * (1 - h + (2 * h * h - a3 * (linear * linear)));  // the inverse series
-  d = d - residual(d);
-  const V error = slope * abs(residual(d)) + units.bounds.remainder * ((d * d) * (d * d));
+  const V d = linear * (1 - h + (2 * h * h - a3 * (linear * linear)));  // the inverse series
+  const V square = d * d, residual = (d - linear) + square * (a2 + a3 * d);
+  const V error = slope * abs(residual) + units.bounds.remainder * (square * square);
   const auto proven = (slope > 0) & (error <= (4 * Limits<T>::eps) * (abs(u) + units.bounds.span));
   return Series<V, decltype(proven)>{u + d, proven};
 }
 
 // psi^-1(psi(u) - rise) by Newton's method, from a start that is right to second order in rise.
 template <class T, class V, class Units>
-MIRROR_FN V shift_far(V u, V rise, const Units& units, int& status) {
+MIRROR_APART V shift_far(V u, V rise, const Units& units, int& status) {
   const auto point = psi_slope(u, units);
   return solve<T>(point.value - rise, u - rise * reciprocal(point.slope), units, status);
 }
@@ -350,7 +349,7 @@ MIRROR_FN void mirror_step(Elements<V>& x, const Options<T>& options, const Unit
     z = z - move;
     u = x.gain * psi(z, units);
   }
-  const V y = x.anchor + u, dual = z - x.dual_init;
+  const V y = x.anchor + u, dual = options.dual ? z - x.dual_init : V{};
   const auto good = (abs(y) <= options.param_limit) & (abs(b) <= options.buffer_limit) &
                     (abs(dual) <= Limits<T>::max);
   if (any(!good) && status == kConverged) status = kNonfinite;

@@ -14,6 +14,7 @@
 #define MIRROR_INLINE __attribute__((always_inline))
 #define MIRROR_FN inline MIRROR_INLINE
 #define MIRROR_SLOW __attribute__((noinline, cold))
+#define MIRROR_APART MIRROR_FN
 #define MIRROR_UNROLL  // as the compiler sees fit
 
 namespace {

@@ -27,6 +27,7 @@
 #define __launch_bounds__(...)
 #define MIRROR_FN inline
 #define MIRROR_SLOW inline
+#define MIRROR_APART inline
 #define MIRROR_UNROLL
 
 namespace {

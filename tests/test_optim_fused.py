@@ -143,6 +143,21 @@ def test_coefficients_are_computed_again_when_the_map_has_changed(taken):
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize("variant", VARIANTS[:2], ids=str)
+def test_no_temporary_of_the_size_of_the_parameters(variant, taken):
+    params = [torch.randn(64, 500, requires_grad=True), torch.randn(8000, requires_grad=True)]
+    mirror_map = maps.SeparableNeural(params, **variant)
+    optimizer = MirrorDescent(params, 0.1, mirror_map, momentum=0.9, weight_decay=0.1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()  # makes the state
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
+        optimizer.step()
+    grown = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+    assert len(taken) == 2
+    assert 0 < grown < 1000
+
+
 def test_groups_step_together_or_not_at_all(taken):
     params = [torch.ones(4, requires_grad=True), torch.ones(3, requires_grad=True)]
     optimizer = MirrorDescent(

@@ -88,19 +88,25 @@ def step_(
     rate = float(lr)
     scale = (-1.0 if maximize else 1.0) / (1.0 if grad_scale is None else float(grad_scale))
     lists = (params, grads, gains, ws, ss, cs, buffers, anchors, duals, dual_inits)
-    rows = [[x if x.is_contiguous() else x.contiguous() for x in xs] for xs in lists]
+    rows = [_contiguous(xs) for xs in lists]
     worst = torch.ops.mirror_opt_cpu.step_(
         *rows, rate, momentum, 1 - rate * weight_decay, scale, nesterov, primal
     )
     for i in _CHANGED:
-        for old, new in zip(lists[i], rows[i], strict=True):
-            if new is not old:
+        if rows[i] is not lists[i]:
+            for old, new in zip(lists[i], rows[i], strict=True):
                 old.copy_(new)
-    status.clamp_(min=worst)
+    if worst:
+        status.clamp_(min=worst)
+
+
+def _contiguous(xs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The same list where there is nothing to do."""
+    return xs if all(map(Tensor.is_contiguous, xs)) else [x.contiguous() for x in xs]
 
 
 def exceeds(xs: Sequence[Tensor], bound: float) -> Tensor:
-    xs = [x if x.is_contiguous() else x.contiguous() for x in xs]
+    xs = _contiguous(xs)
     return torch.tensor(float(torch.ops.mirror_opt_cpu.exceeds(xs, bound)))
 
 

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from mirror_opt import backends
 from mirror_opt.errors import InputError
 from mirror_opt.reference import Units
 
-__all__ = ["exceeds", "separable_step_"]
+__all__ = ["exceeds", "separable_step_", "step_lists"]
 
 
 @torch.library.custom_op(
@@ -35,6 +36,38 @@ def _(*args) -> None:
     pass
 
 
+def _observed(tensors: Sequence[Tensor]) -> bool:
+    """Whether somebody has to see the operator, and not only its result.
+
+    Calling an operator that Python implements through the dispatcher costs as much as the step of a
+    small network.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None
+        or not {Tensor, Parameter}.issuperset(map(type, tensors))
+    )
+
+
+def step_lists(
+    params: Sequence[Tensor], grads: Sequence[Tensor], lr: Tensor, gains: Sequence[Tensor],
+    ws: Sequence[Tensor], ss: Sequence[Tensor], cs: Sequence[Tensor], buffers: Sequence[Tensor],
+    anchors: Sequence[Tensor], duals: Sequence[Tensor], dual_inits: Sequence[Tensor],
+    grad_scale: Tensor | None, found_inf: Tensor | None, status: Tensor, *options,
+) -> None:  # fmt: skip
+    """``separable_step_`` of lists that are known to fit each other."""
+    args = (params, grads, lr, gains, ws, ss, cs, buffers, anchors, duals, dual_inits, grad_scale,
+            found_inf, status, *options)  # fmt: skip
+    if _observed(params):
+        _step_(*args)
+    elif params:
+        module = backends.choose("step_", params[0], len(ws[0]), options[-1])
+        module.step_(*args)
+        torch.autograd.graph.increment_version((*params, *buffers, *duals, status))
+
+
 @torch.library.custom_op("mirror_opt::exceeds", mutates_args=())
 def _exceeds(xs: Sequence[Tensor], bound: float) -> Tensor:
     return backends.choose("exceeds", xs[0], 0, "algebraic").exceeds(xs, bound)
@@ -54,7 +87,9 @@ def exceeds(xs: Sequence[Tensor], bound: float) -> Tensor:
         xs: one or more floating tensors.
         bound: less than 1e38.
     """
-    return _exceeds(xs, bound)
+    if _observed(xs):
+        return _exceeds(xs, bound)
+    return backends.choose("exceeds", xs[0], 0, "algebraic").exceeds(xs, bound)
 
 
 def separable_step_(
@@ -150,7 +185,7 @@ def separable_step_(
         status = torch.zeros((), dtype=torch.int32, device=device)
     if not isinstance(lr, Tensor):
         lr = torch.tensor(lr, dtype=torch.float64)  # on the CPU: read there, wherever params are
-    _step_(
+    step_lists(
         params, grads, lr, gains, *map(list, zip(*units, strict=True)), buffers, anchors, duals,
         dual_inits, grad_scale, found_inf, status, momentum, weight_decay, nesterov, maximize,
         primal, sigma,

@@ -6,6 +6,7 @@ reads is below a bound that no result can leave the range of float32 from.
 """
 
 import math
+import operator
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -17,11 +18,11 @@ from mirror_opt.backends import plain
 from mirror_opt.errors import InputError
 from mirror_opt.maps import MirrorMap, SeparableNeural
 from mirror_opt.newton import Status
-from mirror_opt.ops import exceeds, separable_step_
+from mirror_opt.ops import exceeds
+from mirror_opt.ops.multi_tensor import step_lists
 from mirror_opt.optim.options import Group
 from mirror_opt.optim.sharded import local, on_shards
 from mirror_opt.optim.update import Tensors
-from mirror_opt.reference import Units
 
 __all__ = ["FusedStep", "fused_step", "may_fuse"]
 
@@ -33,10 +34,18 @@ _BOUND, _SCALE = 1e15, 1e9
 class _Coefficients:
     """What the operator needs of a map, and what they were computed from."""
 
-    versions: tuple
+    sources: list[Tensor]
+    versions: list[list[int]]
     gains: list[Tensor]
-    units: list[Units]
+    units: tuple[list[Tensor], list[Tensor], list[Tensor]]  # w, s and c
     moderate: bool  # within the bounds
+
+    def of(self, slots: list[int]) -> list[list[Tensor]]:
+        """Gains, w, s and c of the parameters that have a gradient."""
+        lists = [self.gains, *self.units]
+        if len(slots) == len(self.gains):
+            return lists
+        return [[xs[slot] for slot in slots] for xs in lists]
 
 
 @dataclass(frozen=True)
@@ -76,24 +85,17 @@ class FusedStep:
         """Takes the step; the status, None on an accelerator and in compiled code."""
         group = self.group
         mirror_map = group["mirror_map"]
-        status = separable_step_(
-            self.params,
-            self.grads,
-            group["lr"],
-            [self.coefficients.gains[slot] for slot in self.slots],
-            [self.coefficients.units[slot] for slot in self.slots],
-            primal=mirror_map.parametrization == "primal",
-            buffers=self.buffers,
-            anchors=self.anchors,
-            duals=self.duals,
-            dual_inits=self.dual_inits,
-            momentum=group["momentum"],
-            nesterov=group["nesterov"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-        )
+        gains, w, s, c = self.coefficients.of(self.slots)
+        lr = group["lr"]
+        if not isinstance(lr, Tensor):
+            lr = torch.tensor(lr, dtype=torch.float64)
+        status = torch.zeros((), dtype=torch.int32, device=self.params[0].device)
+        step_lists(
+            self.params, self.grads, lr, gains, w, s, c, self.buffers, self.anchors, self.duals,
+            self.dual_inits, grad_scale, found_inf, status, group["momentum"],
+            group["weight_decay"], group["nesterov"], group["maximize"],
+            mirror_map.parametrization == "primal", "algebraic",
+        )  # fmt: skip
         if self.on_accelerator or torch.compiler.is_compiling():
             return None
         return Status(int(status))
@@ -129,9 +131,11 @@ def _refusal(group: Group, params: Tensors, grads: Tensors) -> str | None:
     mirror_map = group["mirror_map"]
     if not isinstance(mirror_map, SeparableNeural):
         return f"there is a fused step for SeparableNeural, not for {type(mirror_map).__name__}"
-    if len({p.device for p in (*params, *grads)}) > 1:
+    tensors = [*params, *grads]
+    if len({x.device for x in tensors}) > 1:
         return "the parameters are on several devices"
-    if len({p.dtype == torch.float64 for p in (*params, *grads)}) > 1:
+    dtypes = {x.dtype for x in tensors}
+    if torch.float64 in dtypes and len(dtypes) > 1:
         return "float64 and other parameters or gradients are in one group"
     if torch.compiler.is_compiling():  # the operator chooses its backend when it runs
         return None if group["fused"] else "torch.compile fuses the step itself"
@@ -142,34 +146,43 @@ def _refusal(group: Group, params: Tensors, grads: Tensors) -> str | None:
 
 
 _cache: WeakKeyDictionary[MirrorMap, _Coefficients] = WeakKeyDictionary()
+_version = operator.attrgetter("_version")
 
 
 def _coefficients(mirror_map: SeparableNeural, params: Tensors) -> _Coefficients:
     """The map's coefficients, computed anew only when its parameters have changed."""
     if torch.compiler.is_compiling():
-        return _compute(mirror_map, params, ())
-    versions = tuple(
-        (x._version, x.data_ptr())
-        for tensor in mirror_map.tensors
-        for x in (*tensor._parameters.values(), *tensor._buffers.values())
-    )
-    versions += tuple(local(p).shape for p in params)
+        return _compute(mirror_map, params, [], [])
+    sources: list[Tensor] = []
+    for tensor in mirror_map.tensors._modules.values():
+        sources += tensor._parameters.values()
+        sources += tensor._buffers.values()
+    versions = [list(map(_version, sources)), list(map(Tensor.data_ptr, sources))]
+    versions.append([local(p).shape for p in params])
     cached = _cache.get(mirror_map)
-    if cached is None or cached.versions != versions:
-        cached = _cache[mirror_map] = _compute(mirror_map, params, versions)
+    # The tensors themselves are compared too: another may come to lie where one was.
+    if (
+        cached is None
+        or cached.versions != versions
+        or not all(map(operator.is_, cached.sources, sources))
+    ):
+        cached = _cache[mirror_map] = _compute(mirror_map, params, sources, versions)
     return cached
 
 
 @torch.no_grad()
-def _compute(mirror_map: SeparableNeural, params: Tensors, versions: tuple) -> _Coefficients:
+def _compute(
+    mirror_map: SeparableNeural, params: Tensors, sources: list[Tensor], versions: list[list]
+) -> _Coefficients:
     gains, units = [], []
     for (gain, coefficients, _), p in zip(
         on_shards(mirror_map, params).coefficients(), params, strict=True
     ):
         gains.append(gain.expand(local(p).shape).contiguous())
-        units.append(Units(*(x.reshape(len(x), math.prod(x.shape[1:])) for x in coefficients)))
+        units.append([x.reshape(len(x), math.prod(x.shape[1:])) for x in coefficients])
     moderate = torch.compiler.is_compiling() or (
         not exceeds([*gains, *(1 / g for g in gains)], _SCALE)
         and not exceeds([x for u in units for x in u], _BOUND)
     )
-    return _Coefficients(versions, gains, units, moderate)
+    w, s, c = map(list, zip(*units, strict=True))
+    return _Coefficients(sources, versions, gains, (w, s, c), moderate)

@@ -271,7 +271,7 @@ class MirrorDescent(Optimizer):
     def _nonfinite_policy(self) -> str:
         if self.defaults["nonfinite"] is not None:
             return self.defaults["nonfinite"]
-        on_cpu = all(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
+        on_cpu = all(p.is_cpu for group in self.param_groups for p in group["params"])
         return "raise" if on_cpu and not torch.compiler.is_compiling() else "skip"
 
     def _init_group(
@@ -289,17 +289,21 @@ class MirrorDescent(Optimizer):
         # torch.compile knows this name from torch's own optimizers: it calls the method once,
         # outside the graph, and takes the tensors from the lists.
         anchored = is_anchored(group)
+        stateless = group["momentum"] == 0 and not anchored
         for slot, p in enumerate(group["params"]):
-            if p.grad is None or p.numel() == 0:
+            grad = p.grad
+            if grad is None or p.numel() == 0:
                 continue
-            if p.grad.layout != torch.strided:
+            if grad.layout is not torch.strided:
                 raise InputError(
-                    f"the gradient of {parameter_name(group, slot)} is {p.grad.layout}: make it "
+                    f"the gradient of {parameter_name(group, slot)} is {grad.layout}: make it "
                     "dense (sparse=False in an embedding), or give it to torch.optim.SparseAdam"
                 )
             slots.append(slot)
             params.append(local(p))
             grads.append(local(gradient(p)))
+            if stateless:
+                continue
             state, dtype = self.state[p], state_dtype(p, group)
             if group["momentum"] != 0:
                 # Zeros make mu 0 + g = g of the first step, as SGD's special case does.
