@@ -109,11 +109,13 @@ def backward(
     inverted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = Rows(at, gain, (w, s, c))
-    grad_u, grad_gain, *units = torch.ops.mirror_opt_cpu.backward(
+    grad_u, grad_gain, w, s, c = torch.ops.mirror_opt_cpu.backward(
         rows.like_u(grad), rows.u, rows.gain, *rows.units, inverted
     )
     return (
         rows.shaped(grad_u),
         rows.gain_gradient(grad_gain),
-        *(rows.units_gradient(x) for x in units),
+        rows.units_gradient(w),
+        rows.units_gradient(s),
+        rows.units_gradient(c),
     )

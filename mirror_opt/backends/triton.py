@@ -96,13 +96,15 @@ def backward(
     inverted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = Rows(at, gain, (w, s, c))
-    grad_u, grad_gain, *units = _kernels().backward(
+    grad_u, grad_gain, w, s, c = _kernels().backward(
         rows.like_u(grad), rows.u, rows.gain, *rows.units, inverted
     )
     return (
         rows.shaped(grad_u),
         rows.gain_gradient(grad_gain),
-        *(rows.units_gradient(x) for x in units),
+        rows.units_gradient(w),
+        rows.units_gradient(s),
+        rows.units_gradient(c),
     )
 
 

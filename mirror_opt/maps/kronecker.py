@@ -60,6 +60,9 @@ class _Factors(nn.Module):
     ``invertible=True`` (R = 1): (I + strictly lower)(strictly upper + diag e^p), I at the start.
     """
 
+    eye: Tensor
+    q: Tensor
+
     def __init__(self, like: Tensor, terms: int, n: int, invertible: bool, seed: int):
         super().__init__()
         options: dict[str, Any] = {"dtype": learned_dtype(like.dtype), "device": like.device}
@@ -190,6 +193,8 @@ class KroneckerNeural(NeuralMap):
             for i, p in enumerate(params)
         )
 
+    tensors: Any  # a ModuleList of _KroneckerTensor
+
     def coefficients(self) -> list[_Term]:
         return [tensor() for tensor in self.tensors]
 
@@ -200,7 +205,8 @@ class KroneckerNeural(NeuralMap):
     def calibrate(self, displacements: Sequence[Tensors]) -> None:
         for i, tensor in enumerate(self.tensors):
             term = tensor()
-            samples = [self._rotate(d[i], term) for d in displacements if d[i] is not None]
+            given = [x for d in displacements if (x := d[i]) is not None]
+            samples = [self._rotate(x, term) for x in given]
             if samples:
                 tensor.units.calibrate(samples)
 

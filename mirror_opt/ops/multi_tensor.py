@@ -1,6 +1,7 @@
 """The multi-tensor step: a list of parameters, in place, in one launch."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,8 +118,10 @@ def separable_step_(
     """
     if (momentum != 0) != bool(buffers):
         raise InputError(f"Invalid {momentum=}: pass buffers with a momentum, and none without")
-    lists = {"grads": grads, "gains": gains, "buffers": buffers, "anchors": anchors, "duals": duals,
-             "dual_inits": dual_inits, "units": units}  # fmt: skip
+    lists: dict[str, Sequence[Any]] = {
+        "grads": grads, "gains": gains, "buffers": buffers, "anchors": anchors, "duals": duals,
+        "dual_inits": dual_inits, "units": units,
+    }  # fmt: skip
     for name, tensors in lists.items():
         if len(tensors) != len(params) and (tensors or name in ("grads", "units")):
             raise InputError(f"{len(params)} params and {len(tensors)} {name}: pass one for each")
