@@ -29,7 +29,8 @@ print("library" if backends.cpp.unavailable() is None else "plain")
 
 def run(*command, cwd, **environment):
     # Only what an installation elsewhere has: nothing of this checkout.
-    outside = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COVERAGE"))}
+    ours = ("PYTHON", "COVERAGE", "MIRROR_OPT")
+    outside = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     done = subprocess.run(
         [str(c) for c in command], cwd=cwd, env={**outside, **environment}, text=True,
         capture_output=True,
