@@ -3,7 +3,10 @@ VENV   ?= .venv
 PYTHON ?= python3
 BIN     = $(VENV)/bin
 
-.PHONY: all install test lint demo bench clean
+PAGES   = mirror_opt mirror_opt.optim mirror_opt.ops mirror_opt.backends mirror_opt.fewshot \
+          mirror_opt.newton mirror_opt.reference
+
+.PHONY: all install test lint coverage docs demo bench clean
 
 all: test
 
@@ -21,10 +24,22 @@ install: $(BIN)/.installed
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 test: lint
 	# One thread: the tensors are small, and the results are the same on every machine.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# Lines of the package that the tests run, the kernels' by Triton's interpreter.
+coverage: install
+	$(BIN)/coverage erase
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered --show-missing
+
+# Pages of all modules from their docstrings, in build/api; a warning is an error.
+docs: install
+	$(BIN)/python -W error -m pdoc --docformat google --math --output-directory build/api $(PAGES)
 
 # A few minutes on two cores; pictures, table and rows in runs/demo/.
 demo: install

@@ -79,9 +79,7 @@ def status() -> list[BackendStatus]:
     for name, module in BACKENDS.items():
         reason = module.unavailable()
         rows.append(
-            BackendStatus(
-                name, name == chosen, reason, None if reason else module.describe()
-            )
+            BackendStatus(name, name == chosen, reason, None if reason else module.describe())
         )
     return rows
 

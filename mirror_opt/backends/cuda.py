@@ -56,11 +56,26 @@ def refusal(operator: str, x: Tensor, units: int, sigma: str) -> str | None:
 
 
 def step_(
-    params: Sequence[Tensor], grads: Sequence[Tensor], lr: Tensor, gains: Sequence[Tensor],
-    ws: Sequence[Tensor], ss: Sequence[Tensor], cs: Sequence[Tensor], buffers: Sequence[Tensor],
-    anchors: Sequence[Tensor], duals: Sequence[Tensor], dual_inits: Sequence[Tensor],
-    grad_scale: Tensor | None, found_inf: Tensor | None, status: Tensor, momentum: float,
-    weight_decay: float, nesterov: bool, maximize: bool, primal: bool, sigma: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    lr: Tensor,
+    gains: Sequence[Tensor],
+    ws: Sequence[Tensor],
+    ss: Sequence[Tensor],
+    cs: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    duals: Sequence[Tensor],
+    dual_inits: Sequence[Tensor],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    status: Tensor,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    primal: bool,
+    sigma: str,
 ) -> None:
     lists = (params, grads, gains, ws, ss, cs, buffers, anchors, duals, dual_inits)
     rows = [[x if x.is_contiguous() else x.contiguous() for x in xs] for xs in lists]

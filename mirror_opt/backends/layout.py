@@ -39,10 +39,10 @@ def _layout(u: tuple[int, ...], gain: tuple[int, ...], units: tuple[int, ...]) -
     first = _shared_dims(u[:lead], units[:lead])
     first_gain = _shared_dims(u[:lead], gain[:lead])
     expand_units = first is None
-    first = 0 if expand_units else first
+    first = 0 if first is None else first
     expand_gain = first_gain is None or first_gain > first or gain[lead:] != u[lead:]
-    first_gain = 0 if expand_gain else first_gain
-    columns, gain_rows = math.prod(u[first:lead]), math.prod(u[first_gain:lead])
+    columns = math.prod(u[first:lead])
+    gain_rows = math.prod(u[:lead] if expand_gain else u[first_gain:lead])
     return _Layout(rows, n, columns, gain_rows, lead, expand_units, expand_gain)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,18 +61,33 @@ def step(
 
 
 def step_(
-    params: Sequence[Tensor], grads: Sequence[Tensor], lr: Tensor, gains: Sequence[Tensor],
-    ws: Sequence[Tensor], ss: Sequence[Tensor], cs: Sequence[Tensor], buffers: Sequence[Tensor],
-    anchors: Sequence[Tensor], duals: Sequence[Tensor], dual_inits: Sequence[Tensor],
-    grad_scale: Tensor | None, found_inf: Tensor | None, status: Tensor, momentum: float,
-    weight_decay: float, nesterov: bool, maximize: bool, primal: bool, sigma: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    lr: Tensor,
+    gains: Sequence[Tensor],
+    ws: Sequence[Tensor],
+    ss: Sequence[Tensor],
+    cs: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    duals: Sequence[Tensor],
+    dual_inits: Sequence[Tensor],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    status: Tensor,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    primal: bool,
+    sigma: str,
 ) -> None:
     """One mirror step of every parameter in place; see ``ops.separable_step_``."""
     go = torch.ones_like(status, dtype=torch.bool) if found_inf is None else found_inf == 0
     scale = (-1.0 if maximize else 1.0) / (1.0 if grad_scale is None else grad_scale)
     decay = 1 - lr * weight_decay
 
-    def row(tensors: Sequence[Tensor], i: int) -> Tensor | float:
+    def row(tensors: Sequence[Tensor], i: int) -> Any:
         # As (C, n) in the dtype of the coefficients (K, C).
         if not tensors:
             return 0.0
@@ -81,8 +97,9 @@ def step_(
 
     for i, param in enumerate(params):
         gain = row(gains, i) if gains else ws[i].new_ones(())
-        s = _Map(gain, *(x[i].unsqueeze(-1) for x in (ws, ss, cs)), sigma, torch.zeros_like(status))
-        grad_h, grad_h_star = (s.value, s.inverse) if primal else (s.inverse, s.value)
+        w, s, c = (x[i].unsqueeze(-1) for x in (ws, ss, cs))
+        one = _Map(gain, w, s, c, sigma, torch.zeros_like(status))
+        grad_h, grad_h_star = (one.value, one.inverse) if primal else (one.inverse, one.value)
         anchor, z0 = row(anchors, i), row(dual_inits, i)
         d = b = scale * row(grads, i)
         if buffers:
@@ -98,7 +115,7 @@ def step_(
         new += [(duals[i], z - z0)] if duals else []
         new = [(old, x.to(old.dtype).reshape(old.shape)) for old, x in new]
         good = torch.stack([x.isfinite() for _, x in new]).all(0)
-        worst = torch.maximum(s.status, (~good).any() * int(Status.NONFINITE))
+        worst = torch.maximum(one.status, (~good).any() * int(Status.NONFINITE))
         status.copy_(torch.where(go, torch.maximum(status, worst), status))
         for old, x in new:
             old.copy_(torch.where(good & go, x, old))
@@ -106,12 +123,18 @@ def step_(
 
 def exceeds(xs: Sequence[Tensor], bound: float) -> Tensor:
     """1 if some ``|x|`` is above the bound or NaN, else 0: 0-dim float32."""
-    norms = torch._foreach_norm(xs, ord=math.inf)
+    norms = torch._foreach_norm(list(xs), ord=math.inf)
     return (~(torch.stack([x.to(torch.float32) for x in norms]) <= bound)).any().float()
 
 
 def backward(
-    grad: Tensor, at: Tensor, gain: Tensor, w: Tensor, s: Tensor, c: Tensor, sigma: str,
+    grad: Tensor,
+    at: Tensor,
+    gain: Tensor,
+    w: Tensor,
+    s: Tensor,
+    c: Tensor,
+    sigma: str,
     inverted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients in u, gain, w, s and c at u = ``at``; differentiable.
@@ -127,10 +150,13 @@ def backward(
         factor = grad * gain
         grad_u, by_gain = factor * slope, grad * value
     partial = reference.psi_units_gradient(at, units, sigma)
+    by_w, by_s, by_c = (_sum_to(factor.unsqueeze(0) * p, w.shape) for p in partial)
     return (
         grad_u.contiguous(),
         _sum_to(by_gain, gain.shape),
-        *(_sum_to(factor.unsqueeze(0) * p, w.shape) for p in partial),
+        by_w,
+        by_s,
+        by_c,
     )
 
 

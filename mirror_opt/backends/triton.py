@@ -75,11 +75,26 @@ def step(
 
 
 def step_(
-    params: Sequence[Tensor], grads: Sequence[Tensor], lr: Tensor, gains: Sequence[Tensor],
-    ws: Sequence[Tensor], ss: Sequence[Tensor], cs: Sequence[Tensor], buffers: Sequence[Tensor],
-    anchors: Sequence[Tensor], duals: Sequence[Tensor], dual_inits: Sequence[Tensor],
-    grad_scale: Tensor | None, found_inf: Tensor | None, status: Tensor, momentum: float,
-    weight_decay: float, nesterov: bool, maximize: bool, primal: bool, sigma: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    lr: Tensor,
+    gains: Sequence[Tensor],
+    ws: Sequence[Tensor],
+    ss: Sequence[Tensor],
+    cs: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    duals: Sequence[Tensor],
+    dual_inits: Sequence[Tensor],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    status: Tensor,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    primal: bool,
+    sigma: str,
 ) -> None:
     from mirror_opt.kernels.multi_tensor import step_
 
@@ -92,17 +107,25 @@ def step_(
 
 
 def backward(
-    grad: Tensor, at: Tensor, gain: Tensor, w: Tensor, s: Tensor, c: Tensor, sigma: str,
+    grad: Tensor,
+    at: Tensor,
+    gain: Tensor,
+    w: Tensor,
+    s: Tensor,
+    c: Tensor,
+    sigma: str,
     inverted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = Rows(at, gain, (w, s, c))
-    grad_u, grad_gain, *units = _kernels().backward(
+    grad_u, grad_gain, w, s, c = _kernels().backward(
         rows.like_u(grad), rows.u, rows.gain, *rows.units, inverted
     )
     return (
         rows.shaped(grad_u),
         rows.gain_gradient(grad_gain),
-        *(rows.units_gradient(x) for x in units),
+        rows.units_gradient(w),
+        rows.units_gradient(s),
+        rows.units_gradient(c),
     )
 
 

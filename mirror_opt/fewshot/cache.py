@@ -70,7 +70,7 @@ def cached_arrays(name: str, build: Callable[[], dict[str, np.ndarray]]) -> dict
             return dict(arrays)
 
     def save(file: BinaryIO, arrays: dict[str, np.ndarray]) -> None:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
     return _cached(name, load, save, build)
 

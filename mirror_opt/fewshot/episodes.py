@@ -185,6 +185,7 @@ class ImageTasks(TaskFamily):
         for split, chosen in self._sets.items():
             self._check(split, chosen)
         self.input_shape = next(iter(self._sets.values())).images.shape[1:]
+        self.ways: int = ways
         self.output_size = ways
 
     @property

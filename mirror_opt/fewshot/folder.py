@@ -168,7 +168,8 @@ def _from_lists(root: Path, files: Mapping[str, ImageFile]) -> dict[str, _Classe
 def _rows(path: Path) -> list[tuple[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = [(row.get("filename"), row.get("label")) for row in csv.DictReader(file)]
+            read = csv.DictReader(file)
+            rows = [(row.get("filename") or "", row.get("label") or "") for row in read]
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"cannot read {path}: {error}; write it again as UTF-8 text") from error
     for line, row in enumerate(rows, start=2):

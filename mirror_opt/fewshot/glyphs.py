@@ -140,7 +140,7 @@ def _render(folder: Path) -> dict[str, np.ndarray]:
     ``names``, and its split in ``splits``."""
     characters = _characters(folder)
     images = np.stack([_draw_face(folder / face, characters) for face in FACES], axis=1)
-    inked = images.any(axis=(2, 3)).all(axis=1)
+    inked: np.ndarray = np.all(images.any(axis=(2, 3)), axis=1)
     images = images[inked]
     characters = [c for c, keep in zip(characters, inked, strict=True) if keep]
     alike = _alike(images)
@@ -179,13 +179,13 @@ def _draw_face(path: Path, characters: Sequence[str]) -> np.ndarray:
             ink = ink.resize([max(1, round(n / excess)) for n in ink.size], Image.Resampling.BOX)
         tile = Image.new("L", (side, side))
         tile.paste(ink, ((side - ink.width) // 2, (side - ink.height) // 2))
-        bitmap[:] = tile.reduce(_SCALE)
+        bitmap[:] = np.asarray(tile.reduce(_SCALE))
     return bitmaps
 
 
 def _alike(images: np.ndarray) -> list[tuple[int, int]]:
     r"""The pairs of characters ``(i, j)``, i < j, that look alike in some face."""
-    pairs = set()
+    pairs: set[tuple[int, int]] = set()
     for face in range(images.shape[1]):
         flat = images[:, face].reshape(len(images), -1).astype(np.float32)
         squares = (flat * flat).sum(axis=1)
@@ -245,7 +245,7 @@ def _deal(groups: Sequence[Sequence[str]], names: Sequence[str]) -> dict[str, st
     leaders = {name[0] for name in names}
     size = {group[0]: sum(c in leaders for c in group) for group in groups}
     filled = dict.fromkeys(_SHARES, 0)
-    split = {}
+    split: dict[str, str] = {}
     for group in sorted(groups, key=lambda group: sha256(group[0].encode()).digest()):
         short = max(_SHARES, key=lambda name: _SHARES[name] * len(names) - filled[name])
         filled[short] += size[group[0]]

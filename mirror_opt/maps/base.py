@@ -126,7 +126,7 @@ class MirrorMap(nn.Module):
 
     def bregman(self, xs: Tensors, ys: Tensors) -> Tensor:
         """D_h(x, y) = h(x) - h(y) - <grad h(y), x - y> >= 0, a 0-dim tensor."""
-        step = [None if x is None else x - y for x, y in zip(xs, ys, strict=True)]
+        step = [None if x is None or y is None else x - y for x, y in zip(xs, ys, strict=True)]
         return self.potential(xs) - self.potential(ys) - dot(self.forward(ys), step)
 
     def strong_convexity(self) -> Tensor:

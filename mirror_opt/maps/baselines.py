@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +38,12 @@ class MetaCurvature(OwningMap):
         self.modes = [mode_sizes(p.shape) for p in params]
 
         def start(p: Tensor, modes: tuple[int, ...]) -> list[Tensor]:
-            options = {"dtype": learned_dtype(p.dtype), "device": p.device}
+            options: dict[str, Any] = {"dtype": learned_dtype(p.dtype), "device": p.device}
             if not modes:
                 return [torch.ones(p.shape, **options)]
             return [torch.eye(n, **options) for n in modes]
 
-        self.factors = nn.ModuleList(
+        self.factors: Any = nn.ModuleList(
             nn.ParameterList(nn.Parameter(f) for f in start(p, modes))
             for p, modes in zip(params, self.modes, strict=True)
         )

@@ -60,6 +60,9 @@ class _Factors(nn.Module):
     ``invertible=True`` (R = 1): (I + strictly lower)(strictly upper + diag e^p), I at the start.
     """
 
+    eye: Tensor
+    q: Tensor
+
     def __init__(self, like: Tensor, terms: int, n: int, invertible: bool, seeds: Sequence[int]):
         super().__init__()
         options: dict[str, Any] = {"dtype": learned_dtype(like.dtype), "device": like.device}
@@ -223,6 +226,8 @@ class KroneckerNeural(NeuralMap):
             for indices in alike.values()
         )
 
+    groups: Any  # a ModuleList of _Group
+
     def coefficients(self) -> list[_Terms]:
         return [group() for group in self.groups]
 
@@ -231,11 +236,11 @@ class KroneckerNeural(NeuralMap):
         self._check_count(xs, len(self.shapes))
         batches = []
         for group, terms in zip(self.groups, coefficients, strict=True):
-            members = [m for m, i in enumerate(group.indices) if xs[i] is not None]
-            indices = [group.indices[m] for m in members]
-            if members:
-                mine = terms if len(members) == len(group.indices) else terms.of(members)
-                batches.append(_Batch(indices, group.stack([xs[i] for i in indices]), mine))
+            there = {m: x for m, i in enumerate(group.indices) if (x := xs[i]) is not None}
+            if there:
+                mine = terms if len(there) == len(group.indices) else terms.of(list(there))
+                indices = [group.indices[m] for m in there]
+                batches.append(_Batch(indices, group.stack(list(there.values())), mine))
         return batches
 
     def _each(
@@ -247,7 +252,7 @@ class KroneckerNeural(NeuralMap):
         results: list[Tensor | None] = [None] * len(xs)
         for indices, x, terms in self._batches(xs, coefficients):
             for i, y in zip(indices, function(x, terms).unbind(), strict=True):
-                results[i] = y.reshape(xs[i].shape)
+                results[i] = y.reshape(self.shapes[i])
         return tuple(results)
 
     def coupled(self, dims: int) -> tuple[int, ...]:

@@ -70,6 +70,8 @@ class NeuralUnits(nn.Module):
         terms: leading dimensions of ``like`` along which ``gain`` varies.
     """
 
+    unit: Tensor
+
     def __init__(
         self, like: Tensor, shared: int, units: int, rho: float, sigma: str, terms: int = 0
     ):
@@ -202,7 +204,7 @@ class NeuralMap(OwningMap):
         return upper if self.parametrization == "primal" else 1 / lower
 
     def _slopes(self) -> tuple[Tensor, Tensor]:
-        lower, upper = zip(*(self._bounds(c) for c in self.coefficients()), strict=True)
+        lower, upper = zip(*(self._bounds(c) for c in self.coefficients() or ()), strict=True)
         return torch.stack(lower).min(), torch.stack(upper).max()
 
 
@@ -258,6 +260,8 @@ class SeparableNeural(NeuralMap):
         self.tensors = nn.ModuleList(
             NeuralUnits(p, min(leading, p.dim()), units, rho, sigma) for p in params
         )
+
+    tensors: Any  # a ModuleList of NeuralUnits
 
     def coefficients(self) -> list[Separable]:
         return [tensor() for tensor in self.tensors]

@@ -147,9 +147,9 @@ class MetaLearner(nn.Module):
     def _adapt(self, runner, inner: InnerLoop, loss_fn: LossFn, x: Tensor, y: Tensor, steps: int):
         """(adapted parameters, support losses, accepted) of one task."""
         trail = list(runner(inner, loss_fn, x, y, steps, first_order=self.first_order))
-        losses = [step.loss for step in trail[1:]]
+        trace = [step.loss for step in trail[1:]]
         tasks = (len(x),) if inner.differentiation == "batched" else ()
-        losses = torch.stack(losses, -1) if losses else inner.rates.new_zeros(*tasks, 0)
+        losses = torch.stack(trace, -1) if trace else inner.rates.new_zeros(*tasks, 0)
         accepted = [step.accepted for step in trail[1:] if step.accepted is not None]
         return trail[-1].params, losses, torch.stack(accepted) if accepted else ()
 
@@ -329,7 +329,7 @@ class MetaLearner(nn.Module):
         self, *, init_lr: float, map_lr: float, rate_lr: float = 1e-2
     ) -> list[dict[str, Any]]:
         """Groups for a torch optimizer: ``init``, and ``map`` and ``rate`` where learned."""
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"name": "init", "params": list(self.model.parameters()), "lr": init_lr},
             {"name": "map", "params": list(self.mirror_map.parameters()), "lr": map_lr},
             {"name": "rate", "params": [self.log_lr], "lr": rate_lr},

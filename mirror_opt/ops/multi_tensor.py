@@ -1,6 +1,7 @@
 """The multi-tensor step: a list of parameters, in place, in one launch."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,8 +153,10 @@ def separable_step_(
     """
     if (momentum != 0) != bool(buffers):
         raise InputError(f"Invalid {momentum=}: pass buffers with a momentum, and none without")
-    lists = {"grads": grads, "gains": gains, "buffers": buffers, "anchors": anchors, "duals": duals,
-             "dual_inits": dual_inits, "units": units}  # fmt: skip
+    lists: dict[str, Sequence[Any]] = {
+        "grads": grads, "gains": gains, "buffers": buffers, "anchors": anchors, "duals": duals,
+        "dual_inits": dual_inits, "units": units,
+    }  # fmt: skip
     for name, tensors in lists.items():
         if len(tensors) != len(params) and (tensors or name in ("grads", "units")):
             raise InputError(f"{len(params)} params and {len(tensors)} {name}: pass one for each")
@@ -185,9 +188,9 @@ def separable_step_(
         status = torch.zeros((), dtype=torch.int32, device=device)
     if not isinstance(lr, Tensor):
         lr = torch.tensor(lr, dtype=torch.float64)  # on the CPU: read there, wherever params are
+    ws, ss, cs = ([u[k] for u in units] for k in range(3))
     step_lists(
-        params, grads, lr, gains, *map(list, zip(*units, strict=True)), buffers, anchors, duals,
-        dual_inits, grad_scale, found_inf, status, momentum, weight_decay, nesterov, maximize,
-        primal, sigma,
+        params, grads, lr, gains, ws, ss, cs, buffers, anchors, duals, dual_inits,
+        grad_scale, found_inf, status, momentum, weight_decay, nesterov, maximize, primal, sigma,
     )  # fmt: skip
     return status

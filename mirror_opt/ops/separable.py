@@ -109,10 +109,10 @@ def _save_backward(ctx, inputs, output) -> None:
 
 
 def _backward_gradient(ctx, *grads: Tensor):
-    def formula(*tensors: Tensor):
-        return plain.backward(*tensors, ctx.sigma, ctx.inverted)
+    def formula(grad: Tensor, at: Tensor, gain: Tensor, w: Tensor, s: Tensor, c: Tensor):
+        return plain.backward(grad, at, gain, w, s, c, ctx.sigma, ctx.inverted)
 
-    _, pull = torch.func.vjp(formula, *ctx.saved_tensors)
+    pull = torch.func.vjp(formula, *ctx.saved_tensors)[1]
     return *pull(grads), None, None
 
 
@@ -147,16 +147,16 @@ def _vmap_inverse(info, dims, *args):
 
 def _vmap_step(info, dims, x: Tensor, g: Tensor, lr: Tensor, *args):
     places = (*dims[:2], *dims[3:])
-    x, g, *args = _batch(info, places, (x, g, *args), "xxgkkk", shared=True)
+    x, g, *rest = _batch(info, places, (x, g, *args), "xxgkkk", shared=True)
     if dims[2] is not None:  # a rate for each: the operator takes one, so they go into g
         g, lr = g * lr.reshape(-1, *[1] * (g.dim() - 1)), lr.new_ones(())
-    return _call("separable_step", x, g, lr, *args), (0, None)
+    return _call("separable_step", x, g, lr, *rest), (0, None)
 
 
 def _vmap_backward(info, dims, *args):
     # Not shared: a gradient for each.
-    args = _batch(info, dims, args, "xxgkkk", shared=False)
-    return _call("separable_backward", *args), (0, 0, 1, 1, 1)
+    batched = _batch(info, dims, args, "xxgkkk", shared=False)
+    return _call("separable_backward", *batched), (0, 0, 1, 1, 1)
 
 
 # All of it together.
@@ -188,20 +188,36 @@ def _call(name: str, *args):
 
 
 _register(
-    "separable_forward", _implementation("forward", 0, 2, 5), _fake_forward,
-    _save_forward, _forward_gradient, _vmap_forward,
+    "separable_forward",
+    _implementation("forward", 0, 2, 5),
+    _fake_forward,
+    _save_forward,
+    _forward_gradient,
+    _vmap_forward,
 )
 _register(
-    "separable_inverse", _implementation("inverse", 0, 2, 5), _fake_solve,
-    _save_inverse, _inverse_gradient, _vmap_inverse,
+    "separable_inverse",
+    _implementation("inverse", 0, 2, 5),
+    _fake_solve,
+    _save_inverse,
+    _inverse_gradient,
+    _vmap_inverse,
 )
 _register(
-    "separable_step", _implementation("step", 0, 4, 7), _fake_solve,
-    _save_step, _step_gradient, _vmap_step,
+    "separable_step",
+    _implementation("step", 0, 4, 7),
+    _fake_solve,
+    _save_step,
+    _step_gradient,
+    _vmap_step,
 )
 _register(
-    "separable_backward", _implementation("backward", 1, 3, 6), _fake_backward,
-    _save_backward, _backward_gradient, _vmap_backward,
+    "separable_backward",
+    _implementation("backward", 1, 3, 6),
+    _fake_backward,
+    _save_backward,
+    _backward_gradient,
+    _vmap_backward,
 )
 
 
@@ -220,12 +236,12 @@ def separable_forward(u: Tensor, gain: Tensor, units: Units, sigma: str = "algeb
     Raises:
         InputError: the backend that was chosen by name does not serve these operands.
     """
-    u, gain, *units = _aligned((u,), gain, units)
-    choice = (u, len(units[0]), sigma)
+    u, gain, *aligned = _aligned((u,), gain, units)
+    choice = (u, len(aligned[0]), sigma)
     if not torch.compiler.is_compiling() and backends.choose("forward", *choice) is plain:
         # Autograd keeps what the operator's backward would compute again.
-        return gain * reference.psi(u, Units(*units), sigma)
-    return _call("separable_forward", u, gain, *units, sigma)
+        return gain * reference.psi(u, Units(*aligned), sigma)
+    return _call("separable_forward", u, gain, *aligned, sigma)
 
 
 def separable_inverse(t: Tensor, gain: Tensor, units: Units, sigma: str = "algebraic") -> Tensor:
@@ -299,7 +315,8 @@ def _aligned(xs: Sequence[Tensor], gain: Tensor, units: Units) -> list[Tensor]:
     if gain.dim() < len(shape):
         gain = gain.reshape(*[1] * (len(shape) - gain.dim()), *gain.shape)
     if len(rest) < len(shape):
-        units = [x.reshape(count, *[1] * (len(shape) - len(rest)), *rest) for x in units]
+        missing = [1] * (len(shape) - len(rest))
+        units = Units(*(x.reshape(count, *missing, *rest) for x in units))
     return [*(x if x.shape == shape else x.expand(shape) for x in xs), gain, *units]
 
 

@@ -8,6 +8,7 @@ reads is below a bound that no result can leave the range of float32 from.
 import math
 import operator
 from dataclasses import dataclass
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +18,7 @@ from mirror_opt import backends
 from mirror_opt.backends import plain
 from mirror_opt.errors import InputError
 from mirror_opt.maps import MirrorMap, SeparableNeural
+from mirror_opt.maps.separable import NeuralUnits, Separable
 from mirror_opt.newton import Status
 from mirror_opt.ops import exceeds
 from mirror_opt.ops.multi_tensor import step_lists
@@ -110,7 +112,7 @@ def may_fuse(group: Group) -> bool:
     return group["fused"]
 
 
-def fused_step(group: Group, slots: list[int], params: Tensors, grads: Tensors, *states: Tensors):
+def fused_step(group: Group, slots: list[int], params: Tensors, grads: Tensors, *states: Any):
     """The group's ``FusedStep``; None where there is none, unless it was asked for.
 
     Raises:
@@ -121,7 +123,10 @@ def fused_step(group: Group, slots: list[int], params: Tensors, grads: Tensors, 
     reason = _refusal(group, params, grads)
     if reason is None:
         coefficients = _coefficients(group["mirror_map"], group["params"])
-        return FusedStep(group, slots, params, grads, *states, coefficients)
+        buffers, anchors, dual_inits, duals = states
+        return FusedStep(
+            group, slots, params, grads, buffers, anchors, dual_inits, duals, coefficients
+        )
     if group["fused"]:
         raise InputError(f"fused=True cannot be served: {reason}; pass fused=None")
     return None
@@ -139,7 +144,7 @@ def _refusal(group: Group, params: Tensors, grads: Tensors) -> str | None:
         return "float64 and other parameters or gradients are in one group"
     if torch.compiler.is_compiling():  # the operator chooses its backend when it runs
         return None if group["fused"] else "torch.compile fuses the step itself"
-    units = mirror_map.tensors[0]
+    units = cast(NeuralUnits, mirror_map.tensors[0])
     if backends.choose("step_", params[0], len(units.p), units.sigma) is plain:
         return f"no fast backend serves {params[0].dtype} on {params[0].device}, {units.sigma}"
     return None
@@ -175,9 +180,8 @@ def _compute(
     mirror_map: SeparableNeural, params: Tensors, sources: list[Tensor], versions: list[list]
 ) -> _Coefficients:
     gains, units = [], []
-    for (gain, coefficients, _), p in zip(
-        on_shards(mirror_map, params).coefficients(), params, strict=True
-    ):
+    every = cast(list[Separable], on_shards(mirror_map, params).coefficients())
+    for (gain, coefficients, _), p in zip(every, params, strict=True):
         gains.append(gain.expand(local(p).shape).contiguous())
         units.append([x.reshape(len(x), math.prod(x.shape[1:])) for x in coefficients])
     moderate = torch.compiler.is_compiling() or (

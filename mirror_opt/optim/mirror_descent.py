@@ -277,13 +277,13 @@ class MirrorDescent(Optimizer):
     def _init_group(
         self,
         group: Group,
+        slots: list[int],
         params: Tensors,
         grads: Tensors,
         buffers: Tensors,
         anchors: Tensors,
         dual_inits: Tensors,
         duals: Tensors,
-        slots: list[int],
     ) -> None:
         """Collects what a step of the group reads, and creates the state that is missing."""
         # torch.compile knows this name from torch's own optimizers: it calls the method once,
@@ -340,10 +340,9 @@ class MirrorDescent(Optimizer):
                 state["dual"], state["dual_init"] = torch.zeros_like(z), z
 
     def _collect(self, group: Group) -> Lists:
-        lists: tuple[list, ...] = ([], [], [], [], [], [])
-        slots: list[int] = []
-        self._init_group(group, *lists, slots)
-        return Lists(group, slots, *lists)
+        lists = Lists(group, [], [], [], [], [], [], [])
+        self._init_group(*lists)
+        return lists
 
     def _plan(self, lists: Lists, grad_scale: Tensor | None) -> Plan:
         """A group's step before it is taken."""

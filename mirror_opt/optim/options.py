@@ -131,5 +131,6 @@ def check_group(group: Group, defaults: Group) -> None:
 
 def _check_number(name: str, value: Any, upper: float) -> None:
     number = value.item() if isinstance(value, Tensor) and name == "lr" else value
-    if isinstance(number, bool) or not isinstance(number, Real) or not 0 <= number < upper:
+    real = isinstance(number, Real) and not isinstance(number, bool)
+    if not real or not 0 <= number < upper:
         raise InputError(f"Invalid {name}={value!r}: pass a number in [0, {upper})")

@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_map_only
 from mirror_opt.errors import InputError
 from mirror_opt.maps import MirrorMap
 
+# DTensors are Any to the type checker, since torch imports them apart.
+
 __all__ = [
     "OnShards",
     "agreed",
@@ -41,17 +43,17 @@ def is_sharded(x: Any) -> bool:
     return isinstance(x, DTensor)
 
 
-def local(x: Tensor) -> Tensor:
+def local(x: Any) -> Tensor:
     """The shard that this process holds, in the same memory; of a plain tensor itself."""
     return x.to_local() if is_sharded(x) else x
 
 
-def whole(x: Tensor) -> Tensor:
+def whole(x: Any) -> Tensor:
     """The tensor of all processes; of a plain tensor itself."""
     return x.full_tensor() if is_sharded(x) else x
 
 
-def placed_as(x: Tensor, p: Tensor) -> Tensor:
+def placed_as(x: Any, p: Any) -> Tensor:
     """A tensor in the shape of p, spread as p is."""
     if not is_sharded(p):
         return whole(x)
@@ -60,19 +62,19 @@ def placed_as(x: Tensor, p: Tensor) -> Tensor:
     return x.redistribute(p.device_mesh, p.placements)
 
 
-def from_shard(x: Tensor, p: Tensor) -> Tensor:
+def from_shard(x: Any, p: Any) -> Tensor:
     """The tensor in the shape of p whose local shard is x; of a plain tensor x itself."""
     return _on_mesh(x, p, p.placements) if is_sharded(p) else x
 
 
-def gradient(p: Tensor) -> Tensor:
+def gradient(p: Any) -> Tensor:
     """The gradient of p, spread as p is, or as it is where it is sparse."""
     if not is_sharded(p) or p.grad.layout != torch.strided:
         return p.grad
     return placed_as(p.grad, p)
 
 
-def check_placements(params: Iterable[Tensor]) -> None:
+def check_placements(params: Iterable[Any]) -> None:
     """Raises InputError for a parameter that is placed in a way that steps do not support."""
     for i, p in enumerate(params):
         for placement in p.placements if is_sharded(p) else ():
@@ -83,7 +85,7 @@ def check_placements(params: Iterable[Tensor]) -> None:
                 )
 
 
-def meshes(params: Iterable[Tensor]) -> list:
+def meshes(params: Iterable[Any]) -> list:
     """The device meshes of the parameters, each once."""
     return list(dict.fromkeys(p.device_mesh for p in params if is_sharded(p)))
 
@@ -106,10 +108,10 @@ class OnShards:
         params: one parameter for each of its tensors, some of them DTensors.
     """
 
-    def __init__(self, mirror_map: MirrorMap, params: Sequence[Tensor]):
+    def __init__(self, mirror_map: MirrorMap, params: Sequence[Any]):
         self._map, self._params = mirror_map, params
         # For each tensor, how it is placed when it goes into the map.
-        self._inside = [
+        self._inside: list[Any] = [
             _uncut(p, mirror_map.coupled(p.dim())) if is_sharded(p) else None for p in params
         ]
 
@@ -132,7 +134,7 @@ class OnShards:
             for c, p, at in zip(coefficients, self._params, self._inside, strict=True)
         ]
 
-    def _apply(self, function: Callable, xs: Sequence[Tensor | None], coefficients: Any) -> list:
+    def _apply(self, function: Callable, xs: Sequence[Any], coefficients: Any) -> list:
         coefficients = self.coefficients() if coefficients is None else coefficients
         moves = list(zip(self._params, self._inside, strict=True))
         # All of them before the map runs, and so in every process, whatever the map then raises.
@@ -143,7 +145,7 @@ class OnShards:
                 for y, (p, to) in zip(ys, moves, strict=True)]  # fmt: skip
 
 
-def on_shards(mirror_map: MirrorMap, params: Sequence[Tensor]) -> MirrorMap | OnShards:
+def on_shards(mirror_map: MirrorMap, params: Sequence[Any]) -> MirrorMap | OnShards:
     """The map as a function of local shards: itself where no parameter is a DTensor."""
     return OnShards(mirror_map, params) if any(map(is_sharded, params)) else mirror_map
 
@@ -154,28 +156,28 @@ def _is_cut(placement: Any) -> bool:
     return isinstance(placement, Shard | _StridedShard)  # the latter: FSDP2 over tensor parallelism
 
 
-def _replicated(p: Tensor) -> list:
+def _replicated(p: Any) -> list:
     from torch.distributed.tensor import Replicate
 
     return [Replicate()] * p.device_mesh.ndim
 
 
-def _uncut(p: Tensor, dims: Sequence[int]) -> tuple:
+def _uncut(p: Any, dims: Sequence[int]) -> tuple:
     """The placements of p with none that cuts these dimensions."""
     pairs = zip(p.placements, _replicated(p), strict=True)
     return tuple(r if _is_cut(q) and q.dim in dims else q for q, r in pairs)
 
 
-def _is_moved(x: Tensor | None, p: Tensor, inside: tuple | None) -> bool:
+def _is_moved(x: Tensor | None, p: Any, inside: tuple | None) -> bool:
     return x is not None and inside is not None and inside != tuple(p.placements)
 
 
-def _moved(x: Tensor, p: Tensor, before: Sequence, after: Sequence) -> Tensor:
+def _moved(x: Tensor, p: Any, before: Sequence, after: Sequence) -> Tensor:
     """The shard, once placed otherwise, of the tensor in the shape of p whose shard is x."""
     return _on_mesh(x, p, before).redistribute(placements=after).to_local()
 
 
-def _on_mesh(x: Tensor, p: Tensor, placements: Sequence) -> Tensor:
+def _on_mesh(x: Tensor, p: Any, placements: Sequence) -> Any:
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
@@ -183,7 +185,7 @@ def _on_mesh(x: Tensor, p: Tensor, placements: Sequence) -> Tensor:
     )
 
 
-def _part(x: Tensor, p: Tensor, at: Sequence) -> Tensor:
+def _part(x: Any, p: Any, at: Sequence) -> Tensor:
     """What p, placed so, meets of a coefficient ``(*lead, *)`` with ``(*)`` broadcastable to p."""
     from torch.distributed.tensor import DTensor
 

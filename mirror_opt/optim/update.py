@@ -111,7 +111,7 @@ def through(
     for slot, tensor in zip(slots, tensors, strict=True):
         full[slot] = tensor
     result = function(full, coefficients)
-    return [result[slot] for slot in slots]
+    return [x for slot in slots if (x := result[slot]) is not None]
 
 
 def widened(xs: Tensors, copy: bool = False) -> Tensors:
@@ -125,6 +125,7 @@ def all_finite(tensors: Tensors) -> Tensor:
     tensors = [t.detach() for t in tensors if t.numel()]
     if not tensors:
         return torch.ones((), dtype=torch.bool, device=device)
+    extremes: Sequence[Tensor]
     if all(t.device.type == "cpu" for t in tensors):
         # Both propagate NaN; here aminmax is the faster by far, on a GPU the multi-tensor norm.
         extremes = [extreme for t in tensors for extreme in torch.aminmax(t)]

@@ -4,11 +4,12 @@ import dataclasses
 import inspect
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from mirror_opt import fewshot, maps, meta
 from mirror_opt.errors import InputError
@@ -19,7 +20,7 @@ from mirror_opt.runs.options import READERS, option, shown
 
 __all__ = ["GUARDS", "RunConfig", "build"]
 
-GUARDS = {"auto": "auto", "on": True, "off": False}
+GUARDS: dict[str, str | bool] = {"auto": "auto", "on": True, "off": False}
 
 _RATES = ("lr", "init_lr", "map_lr", "rate_lr")
 _IMAGES = {
@@ -96,7 +97,7 @@ class RunConfig:
             raise InputError(f"--task: missing; choose from {', '.join(fewshot.TASKS)}")
         _choice("task", task, fewshot.TASKS)
         _choice("method", method, meta.METHODS)
-        defaults = dict(_SINUSOID if task == "sinusoid" else _IMAGES)
+        defaults: dict[str, Any] = dict(_SINUSOID if task == "sinusoid" else _IMAGES)
         rates = meta.defaults(method, task)
         defaults |= {name: getattr(rates, name) for name in _RATES}
         defaults["device"] = "auto"
@@ -172,9 +173,9 @@ class RunConfig:
         Raises:
             InputError: names the first option that differs.
         """
-        for name, value in given.items():
-            value = READERS[name](value) if name in READERS else value
-            own = getattr(self, name)
+        for name, text in given.items():
+            value: Any = READERS[name](text) if name in READERS else text
+            own: Any = getattr(self, name)
             if isinstance(own, dict):  # options are given in part
                 own = {key: own.get(key) for key in value}
             if name != "data_dir" and value != own:
@@ -220,11 +221,12 @@ def build(config: RunConfig, *, download: bool = False) -> tuple[TaskFamily, Met
     low, high = config.horizon
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = task.model() if config.filters is None else task.model(filters=config.filters)
+        make_model: Callable[..., nn.Module] = task.model
+        model = make_model() if config.filters is None else make_model(filters=config.filters)
         learner = meta.build(
             config.method,
             model,
-            map_name=config.map,
+            map_name=config.map or "",  # none where the method has its own
             map_options=config.map_options,
             lr=config.lr,
             steps=low if low == high else (low, high),

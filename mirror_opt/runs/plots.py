@@ -28,7 +28,7 @@ from mirror_opt.runs.options import counted
 
 __all__ = ["adaptation", "draw", "episode", "fits", "learned_map", "training"]
 
-_STYLE = {
+_STYLE: Any = {
     "figure.dpi": 130,
     "figure.constrained_layout.use": True,
     "font.size": 10,
@@ -146,10 +146,10 @@ def adaptation(rows: list[dict[str, Any]]) -> Figure:
             clip_on=False,
             transform=axes.get_xaxis_transform(),
         )
-    steps = sorted({row["adapt_steps"] for row in rows})
-    if steps[-1] > 20:
+    ticks = sorted({row["adapt_steps"] for row in rows})
+    if ticks[-1] > 20:
         axes.set_xscale("symlog", linthresh=10)
-    axes.set_xticks(steps, [str(step) for step in steps])
+    axes.set_xticks(ticks, [str(step) for step in ticks])
     axes.set_xlabel("adaptation steps")
     if percent:
         axes.set_ylabel("query accuracy (%)")
@@ -286,7 +286,8 @@ def episode(trained: list[Trained]) -> Figure:
     widths = [image.shape[1] / panels[1][1].shape[1] for _, image in panels]
     height = 4.0 * panels[1][1].shape[0] / panels[1][1].shape[1]
     figure = Figure(figsize=(4.0 * sum(widths), height + 0.7))
-    figure.get_layout_engine().set(wspace=0.03)
+    layout: Any = figure.get_layout_engine()
+    layout.set(wspace=0.03)
     grid = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)
     for axes, (title, image) in zip(grid[0], panels, strict=True):
         axes.imshow(image, interpolation="nearest")

@@ -1,0 +1,27 @@
+"""The API pages are built from the docstrings without a warning, and show the public names."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import mirror_opt
+from mirror_opt import maps
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_api_pages_build_without_a_warning(tmp_path):
+    # As `make docs` does, elsewhere.
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", "")
+    (pages,) = re.findall(r"^PAGES *= (.*)$", makefile, re.MULTILINE)
+    (rule,) = re.findall(r"/python (.* pdoc .*) build/api \$\(PAGES\)", makefile)
+    command = [sys.executable, *rule.split(), str(tmp_path), *pages.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warn" not in done.stderr.lower(), done.stderr
+    package = (tmp_path / "mirror_opt.html").read_text()
+    assert all(name in package for name in mirror_opt.__all__)
+    page = (tmp_path / "mirror_opt" / "maps.html").read_text()
+    assert all(cls.__name__ in page for cls in maps.REGISTRY.values())
+    assert "separable_step_" in (tmp_path / "mirror_opt" / "ops.html").read_text()
