@@ -236,11 +236,11 @@ class KroneckerNeural(NeuralMap):
         self._check_count(xs, len(self.shapes))
         batches = []
         for group, terms in zip(self.groups, coefficients, strict=True):
-            there = {m: x for m, i in enumerate(group.indices) if (x := xs[i]) is not None}
-            if there:
-                mine = terms if len(there) == len(group.indices) else terms.of(list(there))
-                indices = [group.indices[m] for m in there]
-                batches.append(_Batch(indices, group.stack(list(there.values())), mine))
+            mine = [(m, i, xs[i]) for m, i in enumerate(group.indices) if xs[i] is not None]
+            if mine:
+                members, indices, present = map(list, zip(*mine, strict=True))
+                own = terms if len(mine) == len(group.indices) else terms.of(members)
+                batches.append(_Batch(indices, group.stack(present), own))
         return batches
 
     def _each(
