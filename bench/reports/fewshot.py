@@ -1,0 +1,176 @@
+"""Tables and pictures of the few-shot studies."""
+
+import math
+import statistics
+
+from fewshot import STUDIES, VARIANTS, best_rates
+from results import read_rows
+
+from reports.frame import COLOURS, PENDING, canvas, circumstances, part, picture, save, table
+
+
+def finals(study: str) -> list[dict]:
+    """The results at the rates that the search found, as far as it has been run."""
+    rows = [r for r in read_rows(f"fewshot-{study}") if r["stage"] == "final"]
+    best = {variant: best_rates(study, variant) for variant in {r["variant"] for r in rows}}
+    return [r for r in rows if all(r[k] == v for k, v in best[r["variant"]].items())]
+
+
+def over_seeds(rows: list[dict]) -> tuple[float | None, float, int]:
+    """Mean and standard deviation over the seeds, and their number; None where one diverged."""
+    means = [r["mean"] for r in rows]
+    if any(m is None for m in means):
+        return None, 0.0, len(means)
+    spread = statistics.stdev(means) if len(means) > 1 else 0.0
+    return statistics.mean(means), spread, len(means)
+
+
+def study_table(study: str) -> str:
+    rows = finals(study)
+    if not rows:
+        return PENDING
+    percent = rows[0]["metric"] == "accuracy"
+    steps = sorted({r["adapt_steps"] for r in rows})
+    body = []
+    for variant in VARIANTS:
+        mine = [r for r in rows if r["variant"] == variant]
+        if not mine:
+            continue
+        cells = []
+        for step in steps:
+            mean, spread, _ = over_seeds([r for r in mine if r["adapt_steps"] == step])
+            if mean is None:
+                cells.append("diverged")
+            elif percent:
+                cells.append(f"{100 * mean:.1f} ± {100 * spread:.1f}")
+            else:
+                cells.append(f"{mean:.3g} ± {spread:.1g}")
+        seeds = len({r["seed"] for r in mine})
+        rates = f"{mine[0]['init_lr']:g}" + (f", {mine[0]['map_lr']:g}" * (variant != "maml"))
+        body.append([variant, rates, *cells, str(seeds)])
+    first = rows[0]
+    what = "Query accuracy in %" if percent else "Query MSE"
+    ways = f"{first['ways']}-way " if first["ways"] else ""
+    title = (
+        f"{first['task']}, {ways}{first['shots']}-shot, inner steps in training: "
+        f"{first['train_steps']}, meta-iterations: {first['iterations']}. {what} on "
+        f"{first['test_tasks']} new tasks after each number of adaptation steps, mean ± standard "
+        "deviation over seeds."
+    )
+    head = ["method", "rates (init, map)", *[str(s) for s in steps], "seeds"]
+    parts = [title, table(head, body), paired(rows), circumstances(rows)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def paired(rows: list[dict]) -> str:
+    """mirror against its rivals at the trained step, seed by seed: all see the same tasks."""
+    at = [r for r in rows if r["adapt_steps"] == r["train_steps"]]
+    metrics = {(r["variant"], r["seed"]): r["mean"] for r in at}
+    percent = rows[0]["metric"] == "accuracy"
+    found = []
+    for rival in ("meta-curvature", "mirror, psi linear"):
+        pairs = [
+            (mean, metrics[rival, seed])
+            for (variant, seed), mean in metrics.items()
+            if variant == "mirror" and metrics.get((rival, seed)) and mean is not None
+        ]
+        if len(pairs) < 2:
+            continue
+        values = [100 * (a - b) if percent else math.log(a / b) for a, b in pairs]
+        mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+        if percent:
+            found.append(f"{mean:+.2f} ± {error:.2f} points against {rival}")
+        else:
+            low, high = math.exp(mean - error), math.exp(mean + error)
+            found.append(f"{math.exp(mean):.2f} ({low:.2f} to {high:.2f}) times that of {rival}")
+    if not found:
+        return ""
+    what = "mean ± standard error" if percent else "geometric mean, and one standard error"
+    return (
+        f"`mirror` at the trained number of steps, paired over seeds ({what}): {'; '.join(found)}."
+    )
+
+
+def search_table(study: str) -> str:
+    """The validation metric after the trained steps at every point of the grid that was run."""
+    rows = [
+        r
+        for r in read_rows(f"fewshot-{study}")
+        if r["stage"] == "search" and r["adapt_steps"] == r["train_steps"]
+    ]
+    if not rows:
+        return PENDING
+    percent = rows[0]["metric"] == "accuracy"
+    grid = sorted({(r["init_lr"], r["map_lr"]) for r in rows})
+    body = []
+    for variant in dict.fromkeys(r["variant"] for r in rows):
+        mine = {(r["init_lr"], r["map_lr"]): r["mean"] for r in rows if r["variant"] == variant}
+        finite = [m for m in mine.values() if m is not None]
+        best = max(finite) if percent else min(finite)
+
+        def cell(at: tuple, mine: dict = mine, best: float = best) -> str:
+            if at not in mine:
+                return ""
+            if mine[at] is None or (not percent and mine[at] > 1e3):
+                return "diverged"
+            text = f"{100 * mine[at]:.1f}" if percent else f"{mine[at]:.2g}"
+            return f"**{text}**" if mine[at] == best else text
+
+        body.append([variant, *[cell(at) for at in grid]])
+    first = rows[0]
+    what = "Query accuracy in %" if percent else "Query MSE"
+    title = (
+        f"{what} on {first['test_tasks']} validation tasks after {first['train_steps']} adaptation "
+        f"step{'s' * (first['train_steps'] != 1)}, seed {first['seed']}; columns: rates of the "
+        "init / of the map (the init's alone for MAML)."
+    )
+    head = ["method", *[f"{i:g} / {m:g}" for i, m in grid]]
+    return f"{title}\n\n{table(head, body)}\n\n{circumstances(rows)}"
+
+
+for _study in STUDIES:
+    part(_study)(lambda study=_study: study_table(study))
+    part(f"search-{_study}")(lambda study=_study: search_table(study))
+
+
+def draw_study(study: str) -> None:
+    rows = finals(study)
+    if not rows:
+        return
+    figure, axes = canvas()
+    percent = rows[0]["metric"] == "accuracy"
+    scale = 100 if percent else 1
+    for variant in VARIANTS:
+        mine = [r for r in rows if r["variant"] == variant]
+        # Before adaptation every classifier guesses: that point would only flatten the rest.
+        steps = sorted({r["adapt_steps"] for r in mine if r["adapt_steps"] or not percent})
+        points = [over_seeds([r for r in mine if r["adapt_steps"] == s]) for s in steps]
+        kept = [(s, m, d) for s, (m, d, _) in zip(steps, points, strict=True) if m is not None]
+        if not kept:
+            continue
+        x, mean, spread = zip(*kept, strict=True)
+        mean, spread = [scale * m for m in mean], [scale * d for d in spread]
+        axes.plot(x, mean, marker="o", markersize=4, label=variant, color=COLOURS[variant])
+        low = [m - d if percent else max(m - d, m / 3) for m, d in zip(mean, spread, strict=True)]
+        axes.fill_between(
+            x,
+            low,
+            [m + d for m, d in zip(mean, spread, strict=True)],
+            color=COLOURS[variant],
+            alpha=0.18,
+            linewidth=0,
+        )
+    axes.set_xlabel("adaptation steps")
+    axes.set_ylabel("query accuracy in %" if percent else "query MSE")
+    if not percent:
+        axes.set_yscale("log")
+    trained = rows[0]["train_steps"]
+    axes.set_title(f"{rows[0]['task']}, trained at {trained} step{'s' * (trained != 1)}")
+    axes.legend(frameon=False)
+    save(figure, study)
+
+
+@picture
+def draw_studies() -> None:
+    for study in STUDIES:
+        draw_study(study)
