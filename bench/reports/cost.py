@@ -126,5 +126,6 @@ def draw_step_cpu() -> None:
         axes.plot(x, y, style, marker="o", markersize=4, color=colour, label=label)
     axes.set(xscale="log", yscale="log", xlabel="elements", ylabel="nanoseconds an element")
     axes.set_title("a step, K = 8, one thread")
-    axes.legend(frameon=False, fontsize="small")
+    axes.set_ylim(top=3e4)
+    axes.legend(frameon=False, fontsize="small", ncols=2, loc="upper left")
     save(figure, "step-cpu")

@@ -7,6 +7,8 @@ from training import SETTINGS, best_rate
 
 from reports.frame import PENDING, canvas, circumstances, part, picture, save, table
 
+RIVALS = {"SGD": "#000000", "projected SGD": "#000000", "AdamW": "#999999"}
+
 
 def trained(problem: str) -> dict[str, list[dict]]:
     """The final runs of every optimizer at the rate that the search found."""
@@ -55,10 +57,11 @@ def draw_training() -> None:
     if not shown:
         return
     figure, panels = canvas(len(shown))
-    palette = ["#000000", "#999999", "#d55e00", "#0072b2", "#56b4e9", "#009e73", "#cc79a7"]
     for problem, axes in zip(shown, panels if len(shown) > 1 else [panels], strict=True):
         setting = SETTINGS[problem]
-        for colour, optimizer in zip(palette, setting.optimizers, strict=False):
+        ours = iter(["#d55e00", "#0072b2", "#56b4e9", "#009e73", "#cc79a7"])
+        for optimizer in setting.optimizers:
+            colour = RIVALS.get(optimizer) or next(ours)
             rows = trained(problem).get(optimizer, [])
             if not rows or any(r["final"] is None for r in rows):
                 continue
