@@ -326,6 +326,22 @@ def a_step_that_fails_in_one_process_fails_in_all(world, folder):
 
 
 @check
+def a_scaler_divides_the_gradients_of_shards(world, folder):
+    for name in ("euclidean", "separable"):  # the scaler does, the fused step does
+        case = pair(name, {}, mesh(world), [Shard(0)], dtype=torch.float32, lr=0.05)
+        plain, shards, one, other = case
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        scaler.scale(torch.zeros(()))
+        give(0, plain, shards)
+        for q in shards:
+            q.grad = q.grad * 64
+        one.step()
+        scaler.step(other)
+        scaler.update()
+        torch.testing.assert_close(whole(plain), whole(shards))
+
+
+@check
 def a_step_that_the_scaler_skips_in_one_process_is_skipped_in_all(world, folder):
     for fused in (None, False):
         case = pair("separable", {}, mesh(world), [Shard(0)], lr=0.05, momentum=0.9, fused=fused)

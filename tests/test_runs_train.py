@@ -306,6 +306,8 @@ def test_a_full_disk(tmp_path):
             str(out),
         ],
         preexec_fn=limit,
+        # Measuring coverage writes files of its own.
+        env={k: v for k, v in os.environ.items() if not k.startswith("COVERAGE")},
         capture_output=True,
         text=True,
         timeout=120,
