@@ -39,6 +39,7 @@ from mirror_opt.runs.directory import (
     write_json,
 )
 from mirror_opt.runs.evaluate import evaluate
+from mirror_opt.runs.recovery import Recovery
 
 __all__ = ["decay", "horizon", "open_run", "train"]
 
@@ -78,6 +79,7 @@ class _Training:
     task: TaskFamily
     learner: MetaLearner
     optimizer: torch.optim.Optimizer
+    recovery: Recovery
     losses: list[float]  # one per iteration; NaN where the iteration was skipped
     seconds: float = 0.0
 
@@ -100,14 +102,18 @@ class _Training:
                 steps=horizon(config.seed, iteration, config.horizon),
             )
         except NonFiniteLossError:
+            self.recovery.restore()
             return math.nan
         loss.backward()
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(params, _CLIP)
-        if not (torch.isfinite(norm) and torch.isfinite(loss)):
+        value = float(loss.detach())
+        if not self.recovery.sound(value, float(norm)):
+            self.recovery.restore()
             return math.nan
+        self.recovery.keep(value)
         self.optimizer.step()
-        return float(loss.detach())
+        return value
 
     def save(self, path: Path) -> None:
         checkpoint.save(
@@ -117,6 +123,7 @@ class _Training:
                 "iteration": len(self.losses),
                 "learner": self.learner.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "recovery": self.recovery.state_dict(),
                 "losses": torch.tensor(self.losses, dtype=torch.float64),
                 "seconds": self.seconds,
             },
@@ -129,6 +136,7 @@ class _Training:
         )
         checkpoint.restore(path, self.learner, state["learner"], "model")
         checkpoint.restore(path, self.optimizer, state["optimizer"], "optimizer")
+        self.recovery.load_state_dict(state["recovery"])
         self.losses, self.seconds = state["losses"].tolist(), state["seconds"]
 
 
@@ -174,8 +182,9 @@ def train(
     r"""Meta-trains as ``config`` says, evaluates on test tasks, and writes all of it to ``out``.
 
     Goes on from the checkpoint in ``out`` where there is one (see :func:`open_run` for the check
-    that it is the same run). The outer loop is Adam with the meta-gradient's norm cut to 10;
-    an iteration whose meta-gradient is not finite moves nothing and is counted.
+    that it is the same run). The outer loop is Adam with the meta-gradient's norm cut to 10.
+    After an iteration whose loss or meta-gradient is not finite, or whose loss is a hundred times
+    the usual, training goes on from the last sound state, and the iteration is counted.
 
     Args:
         config: what to train.
@@ -198,7 +207,8 @@ def train(
     groups = learner.param_groups(
         init_lr=config.init_lr, map_lr=config.map_lr, rate_lr=config.rate_lr
     )
-    training = _Training(config, task, learner, torch.optim.Adam(groups, betas=_BETAS), [])
+    optimizer = torch.optim.Adam(groups, betas=_BETAS)
+    training = _Training(config, task, learner, optimizer, Recovery(learner, optimizer), [])
     if (out / CHECKPOINT).exists() and not overwrite:
         training.restore(out / CHECKPOINT)
     else:
@@ -209,7 +219,7 @@ def train(
     _loop(training, out / CHECKPOINT, save_every)
     if training.skipped:
         _log.warning(
-            "%s: %d of %d iterations skipped, their meta-gradients were not finite",
+            "%s: %d of %d iterations diverged and were taken back",
             config.label,
             training.skipped,
             config.iterations,
