@@ -46,7 +46,7 @@ def work(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous-{world}", rank=rank, world_size=world,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(minutes=5),  # on a busy machine the processes start apart
     )  # fmt: skip
     for name, function in CHECKS.items():
         try:
