@@ -1,0 +1,80 @@
+"""Training goes back to its last sound state after it has diverged."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mirror_opt.runs.config import RunConfig
+from mirror_opt.runs.recovery import Recovery
+from mirror_opt.runs.train import train
+
+
+def make() -> tuple[nn.Linear, torch.optim.Optimizer, Recovery]:
+    torch.manual_seed(0)
+    module = nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
+    return module, optimizer, Recovery(module, optimizer)
+
+
+def step(module: nn.Linear, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    module(torch.ones(3, 2)).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "sound"),
+    [(1.5, 1.0, True), (math.nan, 1.0, False), (1.5, math.inf, False), (1e3, 1.0, False)],
+)
+def test_what_is_sound(loss, norm, sound):
+    *_, recovery = make()
+    assert recovery.sound(1e9, 1.0)  # nothing to compare with yet
+    recovery.keep(1.0)
+    assert recovery.sound(loss, norm) is sound
+
+
+def test_parameters_and_moments_come_back():
+    module, optimizer, recovery = make()
+    step(module, optimizer)
+    recovery.keep(1.0)
+    expected = [p.detach().clone() for p in module.parameters()]
+    moments = [s["exp_avg"].clone() for s in optimizer.state.values()]
+    for _ in range(2):  # and can come back again
+        step(module, optimizer)
+        with torch.no_grad():
+            module.weight.fill_(math.nan)
+        recovery.restore()
+        for p, e in zip(module.parameters(), expected, strict=True):
+            assert torch.equal(p, e)
+        for s, m in zip(optimizer.state.values(), moments, strict=True):
+            assert torch.equal(s["exp_avg"], m)
+
+
+def test_what_is_kept_is_renewed_and_survives_a_checkpoint(tmp_path):
+    module, optimizer, recovery = make()
+    for _ in range(25):
+        recovery.keep(1.0)
+        step(module, optimizer)
+    torch.save(recovery.state_dict(), tmp_path / "state.pt")
+    again, other, resumed = make()
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    recovery.restore()
+    resumed.restore()
+    fresh = make()[0]
+    for a, b, start in zip(
+        module.parameters(), again.parameters(), fresh.parameters(), strict=True
+    ):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, start)
+    assert other.state_dict()["state"][0]["step"] == 20
+
+
+def test_a_rate_that_diverges_still_leaves_a_model(tmp_path):
+    config = RunConfig.create(
+        "sinusoid", "mirror", iterations=60, map_lr=0.3, init_lr=0.01, test_tasks=20, seed=1,
+        tasks_per_batch=4,
+    )  # fmt: skip
+    rows = train(config, tmp_path)
+    assert all(row["mean"] is not None and row["mean"] < 100 for row in rows)
