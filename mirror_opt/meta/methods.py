@@ -106,7 +106,8 @@ def defaults(method: str, task: str) -> MethodDefaults:
         raise InputError(f"no method named {method!r}: choose one of {', '.join(METHODS)}")
     # Found on validation tasks: bench/results/fewshot-*.json, stage "search".
     if task == "sinusoid":
-        map_lr = {"meta-sgd": 1e-2, "meta-curvature": 3e-2}.get(method, 1e-2)
-        return MethodDefaults(0.01, 1e-2, map_lr)
+        init_lr = {"meta-sgd": 3e-3}.get(method, 1e-2)
+        map_lr = {"meta-curvature": 3e-2}.get(method, 1e-2)
+        return MethodDefaults(0.01, init_lr, map_lr)
     map_lr = {"meta-sgd": 3e-2}.get(method, 1e-2)
     return MethodDefaults(0.1, 3e-3, map_lr)
