@@ -37,8 +37,8 @@ class Recovery:
         r"""Called before each sound step: keeps the state now and then."""
         self._mean = loss if self._mean is None else _MEMORY * self._mean + (1 - _MEMORY) * loss
         if self._kept is None or self._since == _EVERY:
-            states = {"module": self._module, "optimizer": self._optimizer}
-            self._kept = {name: copy.deepcopy(x.state_dict()) for name, x in states.items()}
+            module, optimizer = self._module.state_dict(), self._optimizer.state_dict()
+            self._kept = copy.deepcopy({"module": module, "optimizer": optimizer})
             self._since = 0
         self._since += 1
 
