@@ -47,15 +47,15 @@ def circumstances(rows: list[dict]) -> str:
     return f"Device {seen('device')}, torch {seen('torch')}, Python {seen('python')}, {span}."
 
 
-def canvas(columns: int = 1):
+def canvas(columns: int = 1, rows: int = 1):
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6 * columns, 3.8), dpi=130, layout="constrained")
-    axes = figure.subplots(1, columns)
-    for one in axes if columns > 1 else [axes]:
+    figure = Figure(figsize=(5.6 * columns, 3.8 * rows), dpi=130, layout="constrained")
+    axes = figure.subplots(rows, columns)
+    for one in axes.flat if columns * rows > 1 else [axes]:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(color="#e5e5e5", linewidth=0.8)
         one.set_axisbelow(True)

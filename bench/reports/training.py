@@ -56,8 +56,10 @@ def draw_training() -> None:
     shown = [problem for problem in SETTINGS if trained(problem)]
     if not shown:
         return
-    figure, panels = canvas(len(shown))
-    for problem, axes in zip(shown, panels if len(shown) > 1 else [panels], strict=True):
+    figure, panels = canvas(2, (len(shown) + 1) // 2)
+    for axes in panels.flat[len(shown) :]:
+        axes.set_axis_off()
+    for problem, axes in zip(shown, panels.flat, strict=False):
         setting = SETTINGS[problem]
         ours = iter(["#d55e00", "#0072b2", "#56b4e9", "#009e73", "#cc79a7"])
         for optimizer in setting.optimizers:
