@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mirror_opt.backends.layout import Rows
+from mirror_opt.backends.layout import Rows, contiguous, write_back
 from mirror_opt.backends.library import load
 
 __all__ = [
@@ -103,25 +103,17 @@ def step_(
     rate = float(lr)
     scale = (-1.0 if maximize else 1.0) / (1.0 if grad_scale is None else float(grad_scale))
     lists = (params, grads, gains, ws, ss, cs, buffers, anchors, duals, dual_inits)
-    rows = [_contiguous(xs) for xs in lists]
+    rows = [contiguous(xs) for xs in lists]
     worst = torch.ops.mirror_opt_cpu.step_(
         *rows, rate, momentum, 1 - rate * weight_decay, scale, nesterov, primal
     )
-    for i in _CHANGED:
-        if rows[i] is not lists[i]:
-            for old, new in zip(lists[i], rows[i], strict=True):
-                old.copy_(new)
+    write_back([lists[i] for i in _CHANGED], [rows[i] for i in _CHANGED])
     if worst:
         status.clamp_(min=worst)
 
 
-def _contiguous(xs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The same list where there is nothing to do."""
-    return xs if all(map(Tensor.is_contiguous, xs)) else [x.contiguous() for x in xs]
-
-
 def exceeds(xs: Sequence[Tensor], bound: float) -> Tensor:
-    xs = _contiguous(xs)
+    xs = contiguous(xs)
     return torch.tensor(float(torch.ops.mirror_opt_cpu.exceeds(xs, bound)))
 
 

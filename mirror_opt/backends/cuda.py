@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mirror_opt.backends.layout import contiguous, write_back
 from mirror_opt.backends.library import load
 from mirror_opt.backends.plain import backward, exceeds, forward, inverse, step
 
@@ -78,7 +79,7 @@ def step_(
     sigma: str,
 ) -> None:
     lists = (params, grads, gains, ws, ss, cs, buffers, anchors, duals, dual_inits)
-    rows = [[x if x.is_contiguous() else x.contiguous() for x in xs] for xs in lists]
+    rows = [contiguous(xs) for xs in lists]
     lr = lr if lr.dtype in (torch.float32, torch.float64) else lr.float()
     scalars = [
         None if x is None else x.to(params[0].device, torch.float32)
@@ -88,7 +89,4 @@ def step_(
         *rows[:2], lr, *rows[2:], *scalars, status, momentum, weight_decay, nesterov, maximize,
         primal,
     )  # fmt: skip
-    for i in _CHANGED:
-        for old, new in zip(lists[i], rows[i], strict=True):
-            if new is not old:
-                old.copy_(new)
+    write_back([lists[i] for i in _CHANGED], [rows[i] for i in _CHANGED])

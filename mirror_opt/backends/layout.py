@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Rows"]
+__all__ = ["Rows", "contiguous", "write_back"]
 
 
 class _Layout(NamedTuple):
@@ -97,3 +97,17 @@ class Rows:
             rest = [1] * (len(self._shape) - lead)
             return x.view(len(x), *self._shape[:lead], *rest).sum_to_size(self._units_shape)
         return x.view(self._units_shape)
+
+
+def contiguous(xs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tensors, contiguous: the same list where there is nothing to do."""
+    return xs if all(map(Tensor.is_contiguous, xs)) else [x.contiguous() for x in xs]
+
+
+def write_back(lists: Sequence[Sequence[Tensor]], rows: Sequence[Sequence[Tensor]]) -> None:
+    """Copies what a step changed in contiguous copies of its lists into the lists themselves."""
+    for xs, copies in zip(lists, rows, strict=True):
+        if copies is not xs:
+            for old, new in zip(xs, copies, strict=True):
+                if new is not old:
+                    old.copy_(new)
