@@ -8,7 +8,7 @@ reads is below a bound that no result can leave the range of float32 from.
 import math
 import operator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +23,7 @@ from mirror_opt.newton import Status
 from mirror_opt.ops import exceeds
 from mirror_opt.ops.multi_tensor import step_lists
 from mirror_opt.optim.options import Group
+from mirror_opt.optim.plan import Lists
 from mirror_opt.optim.sharded import local, on_shards
 from mirror_opt.optim.update import Tensors
 
@@ -52,32 +53,25 @@ class _Coefficients:
 
 @dataclass(frozen=True)
 class FusedStep:
-    """A group's step, not yet taken. The lists are those of ``update.mirror_descent``."""
+    """A group's step, not yet taken."""
 
-    group: Group
-    slots: list[int]
-    params: Tensors
-    grads: Tensors
-    buffers: Tensors
-    anchors: Tensors
-    dual_inits: Tensors
-    duals: Tensors
+    lists: Lists
     coefficients: _Coefficients
 
     @property
     def on_accelerator(self) -> bool:
-        return self.params[0].device.type != "cpu"
+        return self.lists.params[0].device.type != "cpu"
 
     def found_inf(self, grad_scale: Tensor | None) -> Tensor:
         """0 where the step cannot fail, else 1: 0-dim, on the device of the parameters."""
-        lists = (self.grads, self.buffers, self.anchors, self.dual_inits, self.duals)
-        read = [x for xs in lists for x in xs] + ([] if self.duals else self.params)
-        lr, half = self.group["lr"], any(p.dtype == torch.float16 for p in self.params)
+        group, _, params, *others = self.lists
+        read = [x for xs in others for x in xs] + ([] if self.lists.duals else params)
+        lr, half = group["lr"], any(p.dtype == torch.float16 for p in params)
         if isinstance(lr, Tensor):
             large = False
-            read += [lr] if lr.device == self.params[0].device else []
+            read += [lr] if lr.device == params[0].device else []
         else:
-            large = lr * max(1.0, self.group["weight_decay"]) > _SCALE
+            large = lr * max(1.0, group["weight_decay"]) > _SCALE
         certain = self.coefficients.moderate and not half and not large
         flag = exceeds(read, _BOUND if certain else -1.0)
         # A scale below 1 would make gradients larger than what was read.
@@ -85,16 +79,16 @@ class FusedStep:
 
     def take(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> Status | None:
         """Takes the step; the status, None on an accelerator and in compiled code."""
-        group = self.group
+        group, slots, params, grads, buffers, anchors, dual_inits, duals = self.lists
         mirror_map = group["mirror_map"]
-        gains, w, s, c = self.coefficients.of(self.slots)
+        gains, w, s, c = self.coefficients.of(slots)
         lr = group["lr"]
         if not isinstance(lr, Tensor):
             lr = torch.tensor(lr, dtype=torch.float64)
-        status = torch.zeros((), dtype=torch.int32, device=self.params[0].device)
+        status = torch.zeros((), dtype=torch.int32, device=params[0].device)
         step_lists(
-            self.params, self.grads, lr, gains, w, s, c, self.buffers, self.anchors, self.duals,
-            self.dual_inits, grad_scale, found_inf, status, group["momentum"],
+            params, grads, lr, gains, w, s, c, buffers, anchors, duals,
+            dual_inits, grad_scale, found_inf, status, group["momentum"],
             group["weight_decay"], group["nesterov"], group["maximize"],
             mirror_map.parametrization == "primal", "algebraic",
         )  # fmt: skip
@@ -112,21 +106,19 @@ def may_fuse(group: Group) -> bool:
     return group["fused"]
 
 
-def fused_step(group: Group, slots: list[int], params: Tensors, grads: Tensors, *states: Any):
+def fused_step(lists: Lists) -> FusedStep | None:
     """The group's ``FusedStep``; None where there is none, unless it was asked for.
 
     Raises:
         InputError: ``fused=True``, and there is none.
     """
+    group = lists.group
     if not may_fuse(group):
         return None
-    reason = _refusal(group, params, grads)
+    reason = _refusal(group, lists.params, lists.grads)
     if reason is None:
         coefficients = _coefficients(group["mirror_map"], group["params"])
-        buffers, anchors, dual_inits, duals = states
-        return FusedStep(
-            group, slots, params, grads, buffers, anchors, dual_inits, duals, coefficients
-        )
+        return FusedStep(lists, coefficients)
     if group["fused"]:
         raise InputError(f"fused=True cannot be served: {reason}; pass fused=None")
     return None

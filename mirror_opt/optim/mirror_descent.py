@@ -253,7 +253,7 @@ class MirrorDescent(Optimizer):
         """The fused step of each group that has one, and the ``found_inf`` that stops them all."""
         if self.defaults["differentiable"]:
             return [None] * len(lists), None
-        fused = [fused_step(*x) for x in lists]
+        fused = [fused_step(x) for x in lists]
         steps = [step for step in fused if step is not None]
         elsewhere = torch.compiler.is_compiling() or any(step.on_accelerator for step in steps)
         asked = steps or (shared and any(map(may_fuse, self.param_groups)))
