@@ -85,13 +85,13 @@ STUDIES = {
     "omniglot-1": Study(
         {**_OMNIGLOT, "iterations": 250, "train_steps": 1},
         init_lrs=(3e-3, 1e-2),
-        map_lrs=(3e-3, 1e-2, 3e-2),
+        map_lrs=(1e-3, 3e-3, 1e-2, 3e-2),
         search=_VALIDATION,
     ),
     "omniglot-5": Study(
         {**_OMNIGLOT, "iterations": 300, "train_steps": 5},
         init_lrs=(3e-3,),
-        map_lrs=(3e-3, 1e-2, 3e-2),
+        map_lrs=(1e-3, 3e-3, 1e-2, 3e-2),
         search=_VALIDATION,
     ),
     "glyphs-1": Study(
@@ -101,11 +101,11 @@ STUDIES = {
         search={"test_tasks": 200, "adapt_steps": (1, 5)},
     ),
     "cifar-fs-1": Study(
-        {**_OMNIGLOT, "task": "folder", "iterations": 1000, "train_steps": 1},
+        {**_OMNIGLOT, "task": "folder", "iterations": 600, "train_steps": 1},
         init_lrs=(1e-3, 3e-3),
-        map_lrs=(3e-3, 1e-2),
+        map_lrs=(3e-3, 1e-2, 3e-2),
         seeds=(0, 1, 2),
-        search={"test_tasks": 200, "adapt_steps": (1, 5), "iterations": 500},
+        search={"test_tasks": 200, "adapt_steps": (1, 5), "iterations": 250},
     ),
 }
 
