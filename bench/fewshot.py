@@ -91,7 +91,7 @@ STUDIES = {
     "omniglot-5": Study(
         {**_OMNIGLOT, "iterations": 300, "train_steps": 5},
         init_lrs=(3e-3,),
-        map_lrs=(1e-3, 3e-3, 1e-2, 3e-2),
+        map_lrs=(3e-3, 1e-2, 3e-2),
         search=_VALIDATION,
     ),
     "glyphs-1": Study(
