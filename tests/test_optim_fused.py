@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from optim_cases import COMPILER_WARNINGS, descend, learned, snapshot, start
+from optim_cases import COMPILER_WARNINGS, descend, learned, same, snapshot, start
 
 from mirror_opt import backends, maps
 from mirror_opt.errors import InputError
@@ -23,13 +23,13 @@ VARIANTS = [v for v in maps.SeparableNeural.variants if v.get("sigma", "algebrai
 def taken(monkeypatch):
     """The fused steps that were taken."""
     steps = []
-    take = fused.FusedStep.take
+    take = fused.SeparableStep.take
 
     def record(self, found_inf, grad_scale):
         steps.append(self)
         return take(self, found_inf, grad_scale)
 
-    monkeypatch.setattr(fused.FusedStep, "take", record)
+    monkeypatch.setattr(fused.SeparableStep, "take", record)
     return steps
 
 
@@ -85,7 +85,11 @@ def test_a_fused_step_that_there_is_not_is_refused():
         assert all(torch.equal(p, x) for p, x in zip(params, before, strict=True))
 
     params = start("separable", {}, torch.float32)
-    refused("there is a fused step for SeparableNeural, not for Euclidean", params)
+    name = "there is a fused step for SeparableNeural and Euclidean, not for PNorm"
+    refused(name, params, maps.PNorm())
+    refused("that of Euclidean keeps no anchor", params, dual_state=True)
+    half = start("separable", {}, torch.bfloat16)
+    refused("that of Euclidean takes .* float32, or of float64", half)
     refused("no fast backend serves .*, tanh", params, maps.SeparableNeural(params, sigma="tanh"))
     mixed = [params[0], params[1].detach().double().requires_grad_()]
     refused("float64 and other parameters", mixed, maps.SeparableNeural(mixed))
@@ -192,3 +196,67 @@ def test_a_compiled_fused_step():
             step()
         ends.append(snapshot(optimizer))
     assert all(torch.equal(x, y) for x, y in zip(*ends, strict=True))
+
+
+EUCLIDEAN = [
+    {}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "maximize": True},
+    {"momentum": 0.9, "weight_decay": 0.1}, {"lr": torch.tensor(0.1), "momentum": 0.9},
+]  # fmt: skip
+
+
+def euclidean(flagged=False, dtype=torch.float32, **options):
+    """Three steps of a fused Euclidean optimizer; flagged: the third has a NaN."""
+    params = start("euclidean", {}, dtype)
+    optimizer = MirrorDescent(params, **{"lr": 0.1, **options})
+    descend(optimizer, params, 2)
+    if flagged:
+        params[1].grad[1] = math.nan
+    optimizer.step()
+    return snapshot(optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("options", EUCLIDEAN, ids=str)
+def test_the_fused_euclidean_step_is_sgd(options, dtype, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(fused.EuclideanStep, "take", None)  # not callable: taken it would fail
+        unfused = euclidean(dtype=dtype, fused=False, **options)
+        with pytest.raises(TypeError):
+            euclidean(dtype=dtype, **options)
+    assert same(euclidean(dtype=dtype, **options), unfused)
+    # As on an accelerator, where nothing is read back, and the kernel may round otherwise.
+    monkeypatch.setattr(fused.FusedStep, "on_accelerator", True)
+    for x, y in zip(euclidean(dtype=dtype, nonfinite="skip", **options), unfused, strict=True):
+        torch.testing.assert_close(x, y, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", EUCLIDEAN, ids=str)
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_a_fused_euclidean_step_that_is_not_finite_changes_nothing(
+    accelerator, options, monkeypatch
+):
+    if accelerator:
+        monkeypatch.setattr(fused.FusedStep, "on_accelerator", True)
+    finite, flagged = (euclidean(flag, nonfinite="skip", **options) for flag in (False, True))
+    params = start("euclidean", {}, torch.float32)
+    optimizer = MirrorDescent(params, **{"lr": 0.1, **options})
+    descend(optimizer, params, 2)
+    assert same(flagged, snapshot(optimizer))
+    assert not same(finite, flagged)
+    if not accelerator:
+        with pytest.raises(FloatingPointError, match="the gradient of parameter 1"):
+            euclidean(True, **options)
+
+
+def test_a_fused_euclidean_step_leaves_scaled_gradients_to_the_scaler():
+    params = start("euclidean", {}, torch.float32)
+    optimizer = MirrorDescent(params, 0.1)
+    assert not optimizer._step_supports_amp_scaling
+    optimizer.grad_scale = torch.tensor(4.0)
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for p, x in zip(params, before, strict=True):
+        torch.testing.assert_close(p, x - 0.1 / 4)
+        assert (p.grad == 1).all()

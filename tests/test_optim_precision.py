@@ -53,13 +53,13 @@ def trained(scale=None, unscale=False, dtype=torch.float32, policy=None, **optio
 def taken(monkeypatch):
     """The scales that fused steps have divided by."""
     scales = []
-    take = fused.FusedStep.take
+    take = fused.SeparableStep.take
 
     def record(self, found_inf, grad_scale):
         scales.append(None if grad_scale is None else grad_scale.item())
         return take(self, found_inf, grad_scale)
 
-    monkeypatch.setattr(fused.FusedStep, "take", record)
+    monkeypatch.setattr(fused.SeparableStep, "take", record)
     return scales
 
 

@@ -1,23 +1,26 @@
 """The fused step of a parameter group: when there is one, and what it takes.
 
-It serves ``maps.SeparableNeural``. A step changes all or nothing; the operator works in place and
-keeps single elements that fail. So the step is fused only where it cannot fail: when everything it
-reads is below a bound that no result can leave the range of float32 from.
+It serves ``maps.SeparableNeural``, by our operator, and ``maps.Euclidean``, by torch's own SGD. A
+step changes all or nothing; these work in place, and the operator keeps single elements that fail.
+So the step is fused only where it cannot fail: when everything it reads is below a bound that no
+result can leave the range of float32 from.
 """
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.optim.sgd import sgd
 
 from mirror_opt import backends
 from mirror_opt.backends import plain
 from mirror_opt.errors import InputError
-from mirror_opt.maps import MirrorMap, SeparableNeural
+from mirror_opt.maps import Euclidean, MirrorMap, SeparableNeural
 from mirror_opt.maps.separable import NeuralUnits, Separable
 from mirror_opt.newton import Status
 from mirror_opt.ops import exceeds
@@ -27,7 +30,7 @@ from mirror_opt.optim.plan import Lists
 from mirror_opt.optim.sharded import local, on_shards
 from mirror_opt.optim.update import Tensors
 
-__all__ = ["FusedStep", "fused_step", "may_fuse"]
+__all__ = ["FusedStep", "fused_step", "may_fuse", "may_fuse_scaled"]
 
 # |x| <= _BOUND, 1 / _SCALE <= gain <= _SCALE and lr <= _SCALE keep every result below 1e36.
 _BOUND, _SCALE = 1e15, 1e9
@@ -56,11 +59,15 @@ class FusedStep:
     """A group's step, not yet taken."""
 
     lists: Lists
-    coefficients: _Coefficients
 
     @property
     def on_accelerator(self) -> bool:
         return self.lists.params[0].device.type != "cpu"
+
+    @property
+    def moderate(self) -> bool:
+        """Whether the map's coefficients are within the bounds."""
+        raise NotImplementedError
 
     def found_inf(self, grad_scale: Tensor | None) -> Tensor:
         """0 where the step cannot fail, else 1: 0-dim, on the device of the parameters."""
@@ -72,13 +79,27 @@ class FusedStep:
             read += [lr] if lr.device == params[0].device else []
         else:
             large = lr * max(1.0, group["weight_decay"]) > _SCALE
-        certain = self.coefficients.moderate and not half and not large
+        certain = self.moderate and not half and not large
         flag = exceeds(read, _BOUND if certain else -1.0)
         # A scale below 1 would make gradients larger than what was read.
         return flag if grad_scale is None else torch.maximum(flag, (grad_scale < 1).to(flag))
 
     def take(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> Status | None:
         """Takes the step; the status, None on an accelerator and in compiled code."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SeparableStep(FusedStep):
+    """By ``mirror_opt::separable_step_``."""
+
+    coefficients: _Coefficients
+
+    @property
+    def moderate(self) -> bool:
+        return self.coefficients.moderate
+
+    def take(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> Status | None:
         group, slots, params, grads, buffers, anchors, dual_inits, duals = self.lists
         mirror_map = group["mirror_map"]
         gains, w, s, c = self.coefficients.of(slots)
@@ -97,16 +118,60 @@ class FusedStep:
         return Status(int(status))
 
 
+@dataclass(frozen=True)
+class EuclideanStep(FusedStep):
+    """By the functions of ``torch.optim.SGD``, after a decay of the weights that is AdamW's."""
+
+    @property
+    def moderate(self) -> bool:
+        return True
+
+    @torch.no_grad()
+    def take(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> Status | None:
+        group, _, params, grads, buffers, *_ = self.lists
+        lr, decay = group["lr"], group["weight_decay"]
+        if isinstance(lr, Tensor):
+            readable = lr.is_cpu and not torch.compiler.is_compiling()
+            lr = lr.item() if readable else lr.reshape(())
+        if decay != 0:
+            factor = 1 - lr * decay
+            if found_inf is not None:
+                factor = torch.where(found_inf == 0, factor, 1.0)
+            torch._foreach_mul_(params, factor)
+        sgd(
+            params,
+            grads,
+            cast(list[Tensor | None], buffers or [None] * len(params)),
+            # On the CPU its loop is the faster; but only its fused kernel takes found_inf.
+            foreach=False,
+            fused=self.on_accelerator or found_inf is not None,
+            found_inf=found_inf,
+            weight_decay=0,
+            momentum=group["momentum"],
+            lr=lr,
+            dampening=0,
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )
+        return None if self.on_accelerator else Status.CONVERGED
+
+
 def may_fuse(group: Group) -> bool:
     """Whether the options of the group leave room for fused steps."""
     if group["rounding"] == "stochastic":
         return False
     if group["fused"] is None:
-        return group["foreach"] is None and isinstance(group["mirror_map"], SeparableNeural)
+        served = isinstance(group["mirror_map"], (SeparableNeural, Euclidean))
+        return group["foreach"] is None and served
     return group["fused"]
 
 
-def fused_step(lists: Lists) -> FusedStep | None:
+def may_fuse_scaled(group: Group) -> bool:
+    """Whether a fused step of the group may divide scaled gradients itself, and leave them."""
+    return may_fuse(group) and not isinstance(group["mirror_map"], Euclidean)
+
+
+def fused_step(lists: Lists, grad_scale: Tensor | None = None) -> FusedStep | None:
     """The group's ``FusedStep``; None where there is none, unless it was asked for.
 
     Raises:
@@ -115,30 +180,48 @@ def fused_step(lists: Lists) -> FusedStep | None:
     group = lists.group
     if not may_fuse(group):
         return None
-    reason = _refusal(group, lists.params, lists.grads)
-    if reason is None:
-        coefficients = _coefficients(group["mirror_map"], group["params"])
-        return FusedStep(lists, coefficients)
-    if group["fused"]:
-        raise InputError(f"fused=True cannot be served: {reason}; pass fused=None")
+    euclidean = isinstance(group["mirror_map"], Euclidean)
+    reason = _refusal(lists, _euclidean_refusal if euclidean else _separable_refusal)
+    if reason is not None:
+        if group["fused"]:
+            raise InputError(f"fused=True cannot be served: {reason}; pass fused=None")
+        return None
+    if euclidean:
+        # torch's kernel would write the unscaled gradients back.
+        return EuclideanStep(lists) if grad_scale is None else None
+    return SeparableStep(lists, _coefficients(group["mirror_map"], group["params"]))
+
+
+def _refusal(lists: Lists, of_map: Callable[[Lists, set[torch.dtype]], str | None]) -> str | None:
+    tensors = [*lists.params, *lists.grads]
+    if len({x.device for x in tensors}) > 1:
+        return "the parameters are on several devices"
+    reason = of_map(lists, {x.dtype for x in tensors})
+    if reason is None and torch.compiler.is_compiling() and not lists.group["fused"]:
+        return "torch.compile fuses the step itself"
+    return reason
+
+
+def _euclidean_refusal(lists: Lists, dtypes: set[torch.dtype]) -> str | None:
+    if lists.duals or lists.anchors:
+        return "that of Euclidean keeps no anchor and no dual state"
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
+        return "that of Euclidean takes parameters and gradients of float32, or of float64"
     return None
 
 
-def _refusal(group: Group, params: Tensors, grads: Tensors) -> str | None:
-    mirror_map = group["mirror_map"]
+def _separable_refusal(lists: Lists, dtypes: set[torch.dtype]) -> str | None:
+    mirror_map, param = lists.group["mirror_map"], lists.params[0]
     if not isinstance(mirror_map, SeparableNeural):
-        return f"there is a fused step for SeparableNeural, not for {type(mirror_map).__name__}"
-    tensors = [*params, *grads]
-    if len({x.device for x in tensors}) > 1:
-        return "the parameters are on several devices"
-    dtypes = {x.dtype for x in tensors}
+        name = type(mirror_map).__name__
+        return f"there is a fused step for SeparableNeural and Euclidean, not for {name}"
     if torch.float64 in dtypes and len(dtypes) > 1:
         return "float64 and other parameters or gradients are in one group"
-    if torch.compiler.is_compiling():  # the operator chooses its backend when it runs
-        return None if group["fused"] else "torch.compile fuses the step itself"
+    if torch.compiler.is_compiling():
+        return None  # the operator chooses its backend when it runs
     units = cast(NeuralUnits, mirror_map.tensors[0])
-    if backends.choose("step_", params[0], len(units.p), units.sigma) is plain:
-        return f"no fast backend serves {params[0].dtype} on {params[0].device}, {units.sigma}"
+    if backends.choose("step_", param, len(units.p), units.sigma) is plain:
+        return f"no fast backend serves {param.dtype} on {param.device}, {units.sigma}"
     return None
 
 

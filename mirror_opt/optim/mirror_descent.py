@@ -13,7 +13,7 @@ from mirror_opt.errors import InputError
 from mirror_opt.maps import Euclidean, MirrorMap
 from mirror_opt.newton import NewtonError, Status
 from mirror_opt.optim.checkpoint import adopt, hide_state, pack_maps
-from mirror_opt.optim.fused import FusedStep, fused_step, may_fuse
+from mirror_opt.optim.fused import FusedStep, fused_step, may_fuse, may_fuse_scaled
 from mirror_opt.optim.options import (
     RUN_OPTIONS,
     Group,
@@ -67,9 +67,11 @@ class MirrorDescent(Optimizer):
     A step that the scaler skips changes nothing.
 
     **Fused.** For ``maps.SeparableNeural`` a step is one pass over memory, in place, by the backend
-    that ``mirror_opt.use_backend`` chooses. Where it could fail (a magnitude beyond 1e15, and
-    float16 always) the step is taken unfused; on an accelerator, where asking would synchronise, it
-    is skipped, or with ``"propagate"`` taken except for the elements that fail.
+    that ``mirror_opt.use_backend`` chooses; for ``maps.Euclidean`` in float32 or float64, without
+    dual state or anchor, it is that of torch's own SGD. Where it could fail (a magnitude beyond
+    1e15, and float16 always) the step is taken unfused; on an accelerator, where asking would
+    synchronise, it is skipped, or with ``"propagate"`` taken, by our operator except for the
+    elements that fail.
 
     **Sharded.** DTensor parameters (FSDP2, tensor parallelism) step on their local shards, with
     DTensor state; a map gathers what it couples across a cut (``MirrorMap.coupled``). A step that
@@ -232,7 +234,7 @@ class MirrorDescent(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         # GradScaler asks: where this is true it sets grad_scale and found_inf around a step instead
         # of unscaling the gradients, in a pass of its own, and reading found_inf back.
-        return any(map(may_fuse, self.param_groups))
+        return any(map(may_fuse_scaled, self.param_groups))
 
     @staticmethod
     def _may_read(flag: Tensor, policy: str) -> bool:
@@ -253,7 +255,7 @@ class MirrorDescent(Optimizer):
         """The fused step of each group that has one, and the ``found_inf`` that stops them all."""
         if self.defaults["differentiable"]:
             return [None] * len(lists), None
-        fused = [fused_step(x) for x in lists]
+        fused = [fused_step(x, grad_scale) for x in lists]
         steps = [step for step in fused if step is not None]
         elsewhere = torch.compiler.is_compiling() or any(step.on_accelerator for step in steps)
         asked = steps or (shared and any(map(may_fuse, self.param_groups)))
