@@ -15,11 +15,13 @@ import math
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from results import add_rows, read_rows
 
 from mirror_opt.runs.config import RunConfig
+from mirror_opt.runs.directory import HISTORY, read_json
 from mirror_opt.runs.train import train
 
 SEARCH_SEED = 100  # none of the final ones
@@ -180,6 +182,7 @@ def main() -> None:
             config = RunConfig(**{**vars(config), "data_dir": arguments.data_dir})
         with tempfile.TemporaryDirectory() as out:
             rows = train(config, out, split=split)
+            history = read_json(Path(out) / HISTORY, dict)
         extra = {
             "stage": arguments.stage,
             "variant": variant,
@@ -189,6 +192,7 @@ def main() -> None:
             "queries": config.queries,
             "filters": config.filters,
             "map_options": config.map_options,
+            "skipped": history["skipped"],
             "revision": revision(),
         }
         add_rows(file, [{**row, **extra} for row in rows])

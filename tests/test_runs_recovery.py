@@ -26,19 +26,26 @@ def step(module: nn.Linear, optimizer: torch.optim.Optimizer) -> None:
 
 @pytest.mark.parametrize(
     ("loss", "norm", "sound"),
-    [(1.5, 1.0, True), (math.nan, 1.0, False), (1.5, math.inf, False), (1e3, 1.0, False)],
+    [
+        (1.5, 1.0, True),
+        (0.0, 9.0, True),
+        (math.nan, 1.0, False),
+        (1.5, math.inf, False),
+        (1e3, 1.0, False),
+        (1.5, 11.0, False),
+    ],
 )
 def test_what_is_sound(loss, norm, sound):
     *_, recovery = make()
     assert recovery.sound(1e9, 1.0)  # nothing to compare with yet
-    recovery.keep(1.0)
+    recovery.keep(1.0, 1.0)
     assert recovery.sound(loss, norm) is sound
 
 
 def test_parameters_and_moments_come_back():
     module, optimizer, recovery = make()
     step(module, optimizer)
-    recovery.keep(1.0)
+    recovery.keep(1.0, 1.0)
     expected = [p.detach().clone() for p in module.parameters()]
     moments = [s["exp_avg"].clone() for s in optimizer.state.values()]
     for _ in range(2):  # and can come back again
@@ -52,16 +59,32 @@ def test_parameters_and_moments_come_back():
             assert torch.equal(s["exp_avg"], m)
 
 
+def test_rates_are_halved_at_a_return_and_grow_back():
+    *_, recovery = make()
+    recovery.keep(1.0, 1.0)
+    for expected in (0.5, 0.25):
+        recovery.restore()
+        assert recovery.rate == expected
+    for _ in range(10):
+        recovery.keep(1.0, 1.0)
+    assert recovery.rate == pytest.approx(0.25 * 1.01**10)
+    for _ in range(200):
+        recovery.keep(1.0, 1.0)
+    assert recovery.rate == 1.0
+
+
 def test_what_is_kept_is_renewed_and_survives_a_checkpoint(tmp_path):
     module, optimizer, recovery = make()
     for _ in range(25):
-        recovery.keep(1.0)
+        recovery.keep(1.0, 1.0)
         step(module, optimizer)
     torch.save(recovery.state_dict(), tmp_path / "state.pt")
     again, other, resumed = make()
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert not resumed.sound(1.0, 11.0)
     recovery.restore()
     resumed.restore()
+    assert resumed.rate == recovery.rate == 0.5
     fresh = make()[0]
     for a, b, start in zip(
         module.parameters(), again.parameters(), fresh.parameters(), strict=True

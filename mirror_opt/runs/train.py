@@ -92,7 +92,7 @@ class _Training:
         iteration, config = len(self.losses), self.config
         batch = self.task.sample("train", iteration, config.tasks_per_batch).to(config.device)
         self.optimizer.zero_grad(set_to_none=True)
-        factor = decay(iteration, config.iterations)
+        factor = self.recovery.rate * decay(iteration, config.iterations)
         for group in self.optimizer.param_groups:
             group["lr"] = factor * _rate(config, group["name"])
         try:
@@ -106,12 +106,12 @@ class _Training:
             return math.nan
         loss.backward()
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(params, _CLIP)
+        norm = float(nn.utils.clip_grad_norm_(params, _CLIP))
         value = float(loss.detach())
-        if not self.recovery.sound(value, float(norm)):
+        if not self.recovery.sound(value, norm):
             self.recovery.restore()
             return math.nan
-        self.recovery.keep(value)
+        self.recovery.keep(value, norm)
         self.optimizer.step()
         return value
 
@@ -183,8 +183,9 @@ def train(
 
     Goes on from the checkpoint in ``out`` where there is one (see :func:`open_run` for the check
     that it is the same run). The outer loop is Adam with the meta-gradient's norm cut to 10.
-    After an iteration whose loss or meta-gradient is not finite, or whose loss is a hundred times
-    the usual, training goes on from the last sound state, and the iteration is counted.
+    After an iteration whose loss or meta-gradient is not finite, whose loss is a hundred times the
+    usual, or whose meta-gradient ten times, training goes on from the last sound state with half
+    the rates, which then grow back, and the iteration is counted.
 
     Args:
         config: what to train.
