@@ -163,3 +163,5 @@ def _check(
         )
     if n > LARGEST_MODE:
         raise InputError(f"Invalid mode of {n} entries: pass at most {LARGEST_MODE}")
+    if h * w >= 2**31:
+        raise InputError(f"Invalid matrices of {h * w} entries: pass fewer than 2^31")
