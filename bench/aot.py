@@ -50,6 +50,7 @@ class Variant(NamedTuple):
     warps: int = 1
     lanes: int | None = None  # of a tile with a hot path
     aligned: tuple[str, ...] = ("n",)  # integers that are multiples of 16
+    registers: int | None = None  # the most that a thread may have
 
 
 def _pointers(names: str) -> dict[str, str]:
@@ -91,13 +92,13 @@ def _rotated(n: int, left: bool, channel: tl.constexpr, terms: int = 1) -> Varia
     types = _pointers("u_ptr factor_ptr gain_ptr w_ptr s_ptr c_ptr out_ptr") | {"eps": "fp32"}
     integers = ("n", "columns", "stretch", "period", "channels", "tiles")
     nb = max(triton.next_power_of_2(n), kronecker._SLICE)
-    columns, warps = kronecker._TILES[nb]
+    columns, warps, registers = kronecker._TILES[nb]
     constants = {"T": terms, "K": 4, "LEFT": left, "CHANNEL": channel.value, "NB": nb}
     constants |= {"SLICES": triton.cdiv(n, kronecker._SLICE), "SB": kronecker._SLICE}
     constants |= {"CB": columns}
     types |= dict.fromkeys(integers, "i32")
     aligned = ("n", "columns") if n % 16 == 0 else ("columns",)
-    return Variant(kronecker._rotated_kernel, types, constants, warps, aligned=aligned)
+    return Variant(kronecker._rotated_kernel, types, constants, warps, None, aligned, registers)
 
 
 _HALF = {"PARAM": tl.bfloat16, "GRAD": tl.bfloat16}
@@ -149,7 +150,8 @@ def compile_for(variant: Variant, architecture: int) -> bytes:
     }
     source = ASTSource(variant.kernel, types, constants, attributes)
     target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target, {"num_warps": variant.warps}).asm["cubin"]
+    options = {"num_warps": variant.warps, "maxnreg": variant.registers}
+    return triton.compile(source, target, options).asm["cubin"]
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:

@@ -32,8 +32,9 @@ __all__ = ["rotated"]
 
 # Entries of a slice; no product of blocks is smaller.
 _SLICE = 16
-# Columns of a tile and warps for the n of a line, rounded up: eight entries of out a thread.
-_TILES = {16: (64, 4), 32: (32, 4), 64: (32, 8), 128: (16, 8)}
+# Columns of a tile, warps and registers a thread for the n of a line, rounded up: eight entries of
+# out a thread. Without a limit of their own the assembler aims lower, for more warps, and spills.
+_TILES = {16: (64, 4, 255), 32: (32, 4, 128), 64: (32, 8, 128), 128: (16, 8, 128)}
 # Fewer columns of one channel than this do not fill a tile: then it takes columns of several.
 _FEW = 16
 
@@ -119,7 +120,7 @@ def rotated(
     columns = u[0].numel() // n
     stretch = h // channels
     nb = max(triton.next_power_of_2(n), _SLICE)
-    cb, warps = _TILES[nb]
+    cb, warps, registers = _TILES[nb]
     if left and channels > 1:
         channel = _LINE
     elif stretch < _FEW and channels > 1:
@@ -132,7 +133,7 @@ def rotated(
     _rotated_kernel[members * tiles,](
         u, factor, gain, w, s, c, out, n, columns, stretch, period, channels, tiles, eps,
         T=terms, K=units, LEFT=left, CHANNEL=channel.value, SLICES=triton.cdiv(n, _SLICE),
-        SB=_SLICE, NB=nb, CB=cb, num_warps=warps,
+        SB=_SLICE, NB=nb, CB=cb, num_warps=warps, maxnreg=registers,
     )  # fmt: skip
     return out
 

@@ -138,20 +138,24 @@ def test_wrong_operands_are_refused(device):
 SHAPES = ((6, 1), (1, 7), (5, 4), (4, 3, 3, 3), (8, 1, 2, 2), (3, 5, 1, 1), (7,), (), (2, 0))
 
 
-def learned(shapes, **options) -> maps.KroneckerNeural:
+def learned(shapes, device, **options) -> maps.KroneckerNeural:
     """Two tensors of each shape, every parameter moved."""
     generator = torch.Generator().manual_seed(1)
-    params = [torch.zeros(shape) for shape in shapes for _ in range(2)]
+    params = [torch.zeros(shape, device=device) for shape in shapes for _ in range(2)]
     kronecker_map = maps.KroneckerNeural(params, **options)
     with torch.no_grad():
         for p in kronecker_map.parameters():
-            p += 0.2 * torch.randn(p.shape, generator=generator)
+            p += 0.2 * torch.randn(p.shape, generator=generator).to(device)
     return kronecker_map
 
 
-def points(shapes, dtype=torch.float32) -> list[Tensor]:
+def points(shapes, device, dtype=torch.float32) -> list[Tensor]:
     generator = torch.Generator().manual_seed(2)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes for _ in range(2)]
+    return [
+        torch.randn(shape, generator=generator).to(device, dtype)
+        for shape in shapes
+        for _ in range(2)
+    ]
 
 
 class Passes(TorchDispatchMode):
@@ -168,8 +172,9 @@ class Passes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("options", [{}, {"terms": 3}, {"eps": 0.0}, {"units": 0, "terms": 2}])
-def test_the_map_with_the_kernel_is_the_map_without(options):
-    kronecker_map, zs = learned(SHAPES, **options), points(SHAPES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_map_with_the_kernel_is_the_map_without(options, device):
+    kronecker_map, zs = learned(SHAPES, device, **options), points(SHAPES, device)
     with use_backend("triton"), torch.no_grad():
         fused = kronecker_map.inverse(zs)
     with use_backend("torch"), torch.no_grad():
@@ -183,9 +188,10 @@ def test_the_map_with_the_kernel_is_the_map_without(options):
     ("shape", "separate", "fused"),
     [((6, 1), 6, 1), ((1, 7), 6, 1), ((5, 4), 6, 4), ((4, 1, 3, 3), 8, 4), ((4, 3, 3, 3), 8, 6)],
 )
-def test_passes_over_a_tensor(shape, separate, fused):
+@pytest.mark.parametrize("device", DEVICES)
+def test_passes_over_a_tensor(shape, separate, fused, device):
     for terms in (1, 3):
-        kronecker_map, zs = learned([shape], terms=terms), points([shape])
+        kronecker_map, zs = learned([shape], device, terms=terms), points([shape], device)
         coefficients = kronecker_map.coefficients()
         counts = []
         for backend in ("torch", "triton"):
@@ -210,7 +216,8 @@ def test_the_mode_that_is_fused(sizes, mode):
 
 
 @pytest.mark.parametrize("terms", [1, 3])
-def test_gradients_of_the_map(terms):
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_of_the_map(terms, device):
     shapes = ((6, 1), (4, 3, 2, 1))
 
     def gradients(kronecker_map, zs):
@@ -220,20 +227,21 @@ def test_gradients_of_the_map(terms):
         first = torch.autograd.grad(loss, leaves, create_graph=True)
         return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)]
 
-    kronecker_map = learned(shapes, terms=terms)
+    kronecker_map = learned(shapes, device, terms=terms)
     with use_backend("triton"):
-        fused = gradients(kronecker_map, points(shapes))
+        fused = gradients(kronecker_map, points(shapes, device))
     with use_backend("torch"):
-        expected = gradients(kronecker_map.double(), points(shapes, torch.float64))
+        expected = gradients(kronecker_map.double(), points(shapes, device, torch.float64))
     for got, wanted in zip(fused, expected, strict=True):
         tolerance = 1e-4 * max(1.0, float(wanted.detach().abs().max()))
         torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=tolerance)
 
 
-def test_tasks_of_torch_func():
+@pytest.mark.parametrize("device", DEVICES)
+def test_tasks_of_torch_func(device):
     shapes = ((5, 4), (1, 3))
-    kronecker_map = learned(shapes)
-    tasks = [torch.stack([z, -2 * z, 0.5 * z]) for z in points(shapes)]
+    kronecker_map = learned(shapes, device)
+    tasks = [torch.stack([z, -2 * z, 0.5 * z]) for z in points(shapes, device)]
 
     def run(tasks):
         # Coefficients of all tasks, and gradients of each.
@@ -251,15 +259,16 @@ def test_tasks_of_torch_func():
     torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_step_of_mirror_descent_takes_the_kernel(monkeypatch):
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_of_mirror_descent_takes_the_kernel(monkeypatch, device):
     calls = []
     original = kronecker.rotated
     monkeypatch.setattr(kronecker, "rotated", lambda *a: calls.append(a) or original(*a))
     shapes = ((4, 3), (3,))
     results = []
     for backend in ("triton", "torch"):
-        params = [p.requires_grad_() for p in points(shapes)]
-        optimizer = MirrorDescent(params, lr=0.1, mirror_map=learned(shapes))
+        params = [p.requires_grad_() for p in points(shapes, device)]
+        optimizer = MirrorDescent(params, lr=0.1, mirror_map=learned(shapes, device))
         for p in params:
             p.grad = torch.ones_like(p)
         with use_backend(backend):
@@ -269,9 +278,10 @@ def test_a_step_of_mirror_descent_takes_the_kernel(monkeypatch):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
-def test_where_the_kernel_does_not_serve_nothing_changes(monkeypatch):
+@pytest.mark.parametrize("device", DEVICES)
+def test_where_the_kernel_does_not_serve_nothing_changes(monkeypatch, device):
     monkeypatch.setattr(kronecker, "rotated", None)
-    kronecker_map, zs = learned(((5, 4),), sigma="tanh"), points(((5, 4),))
+    kronecker_map, zs = learned(((5, 4),), device, sigma="tanh"), points(((5, 4),), device)
     expected = kronecker_map.inverse(zs)
     with use_backend("triton"), pytest.raises(InputError, match="sigma='algebraic' only"):
         kronecker_map.inverse(zs)
