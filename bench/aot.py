@@ -28,7 +28,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mirror_opt.kernels import multi_tensor, plans, separable
+from mirror_opt.kernels import kronecker, multi_tensor, plans, separable
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "tests" / "aot_table.json"
@@ -49,6 +49,8 @@ class Variant(NamedTuple):
     constants: dict[str, Any]
     warps: int = 1
     lanes: int | None = None  # of a tile with a hot path
+    aligned: tuple[str, ...] = ("n",)  # integers that are multiples of 16
+    registers: int | None = None  # the most that a thread may have
 
 
 def _pointers(names: str) -> dict[str, str]:
@@ -86,6 +88,19 @@ def _step(units: int, **options: Any) -> Variant:
     return Variant(multi_tensor._step_kernel, types, constants, multi_tensor._WARPS, hot)
 
 
+def _rotated(n: int, left: bool, channel: tl.constexpr, terms: int = 1) -> Variant:
+    types = _pointers("u_ptr factor_ptr gain_ptr w_ptr s_ptr c_ptr out_ptr") | {"eps": "fp32"}
+    integers = ("n", "columns", "stretch", "period", "channels", "tiles")
+    nb = max(triton.next_power_of_2(n), kronecker._SLICE)
+    columns, warps, registers = kronecker._TILES[nb]
+    constants = {"T": terms, "K": 4, "LEFT": left, "CHANNEL": channel.value, "NB": nb}
+    constants |= {"SLICES": triton.cdiv(n, kronecker._SLICE), "SB": kronecker._SLICE}
+    constants |= {"CB": columns}
+    types |= dict.fromkeys(integers, "i32")
+    aligned = ("n", "columns") if n % 16 == 0 else ("columns",)
+    return Variant(kronecker._rotated_kernel, types, constants, warps, None, aligned, registers)
+
+
 _HALF = {"PARAM": tl.bfloat16, "GRAD": tl.bfloat16}
 _GAIN = {"GAIN": plans.ELEMENT}
 VARIANTS = {
@@ -107,6 +122,12 @@ VARIANTS = {
     "step_, K=4, dual state, momentum, bfloat16": _step(
         4, PRIMAL=False, DUAL=True, MOMENTUM=True, ANCHOR=True, **_GAIN, **_HALF
     ),
+    "rotated, last mode of 9": _rotated(9, False, kronecker._ONE),
+    "rotated, last mode of 9, 3 terms": _rotated(9, False, kronecker._ONE, 3),
+    "rotated, last mode of 32": _rotated(32, False, kronecker._COLUMN),
+    "rotated, last mode of 64": _rotated(64, False, kronecker._COLUMN),
+    "rotated, first mode of 64": _rotated(64, True, kronecker._LINE),
+    "rotated, first mode of 128, 3 terms": _rotated(128, True, kronecker._LINE, 3),
 }
 
 
@@ -123,11 +144,14 @@ def compile_for(variant: Variant, architecture: int) -> bytes:
     constants = {n: variant.constants.get(n) for n in names if types[n] == "constexpr"}
     aligned = [["tt.divisibility", 16]]
     attributes = {
-        (i,): aligned for i, n in enumerate(names) if types[n].startswith("*") or n == "n"
+        (i,): aligned
+        for i, n in enumerate(names)
+        if types[n].startswith("*") or n in variant.aligned
     }
     source = ASTSource(variant.kernel, types, constants, attributes)
     target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target, {"num_warps": variant.warps}).asm["cubin"]
+    options = {"num_warps": variant.warps, "maxnreg": variant.registers}
+    return triton.compile(source, target, options).asm["cubin"]
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mirror_opt.backends.layout import contiguous, write_back
 from mirror_opt.backends.library import load
-from mirror_opt.backends.plain import backward, exceeds, forward, inverse, step
+from mirror_opt.backends.plain import backward, exceeds, forward, inverse, rotated, step
 
 __all__ = [
     "DEVICES",
@@ -17,6 +17,7 @@ __all__ = [
     "forward",
     "inverse",
     "refusal",
+    "rotated",
     "step",
     "step_",
     "unavailable",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mirror_opt import reference
+from mirror_opt.backends.rotation import Rotation
 from mirror_opt.newton import Status, solve_monotone
 from mirror_opt.reference import Units
 
@@ -20,6 +21,7 @@ __all__ = [
     "forward",
     "inverse",
     "refusal",
+    "rotated",
     "step",
     "step_",
     "unavailable",
@@ -51,6 +53,23 @@ def inverse(
     """S^-1(t), NaN where the solve failed, and the worst ``newton.Status``, 0-dim int32."""
     y, status = _solve(t / gain, Units(w, s, c), sigma)
     return y.contiguous(), status
+
+
+def rotated(
+    u: Tensor,
+    factor: Tensor,
+    gain: Tensor,
+    w: Tensor,
+    s: Tensor,
+    c: Tensor,
+    eps: float,
+    left: bool,
+    sigma: str,
+) -> Tensor:
+    """eps u + sum_t M_t^T S_t(M_t u)."""
+    rotation = Rotation(u.shape, factor, gain, (w, s, c), left)
+    y = forward(rotation.rotate(u), rotation.gain, *rotation.units, sigma)
+    return torch.add(rotation.back(y), u, alpha=eps).contiguous()
 
 
 def step(

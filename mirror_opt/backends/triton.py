@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mirror_opt.backends.layout import Rows
+from mirror_opt.backends.layout import Rows, contiguous
 
 __all__ = [
     "DEVICES",
@@ -18,6 +18,7 @@ __all__ = [
     "forward",
     "inverse",
     "refusal",
+    "rotated",
     "step",
     "step_",
     "unavailable",
@@ -64,6 +65,23 @@ def inverse(
     rows = Rows(t, gain, (w, s, c))
     y, status = _kernels().inverse(rows.u, rows.gain, *rows.units)
     return rows.shaped(y), status
+
+
+def rotated(
+    u: Tensor,
+    factor: Tensor,
+    gain: Tensor,
+    w: Tensor,
+    s: Tensor,
+    c: Tensor,
+    eps: float,
+    left: bool,
+    sigma: str,
+) -> Tensor:
+    from mirror_opt.kernels import kronecker
+
+    u, *coefficients = contiguous([u, factor, gain, w, s, c])
+    return kronecker.rotated(u, *coefficients, eps, left)
 
 
 def step(

@@ -9,47 +9,13 @@ from torch import Tensor, nn
 
 from mirror_opt.errors import InputError
 from mirror_opt.maps.base import Profile, Tensors, _Batch, register
+from mirror_opt.maps.modes import fused_mode, mode_product, mode_sizes
 from mirror_opt.maps.separable import NeuralMap, NeuralUnits, Separable, learned_dtype
 from mirror_opt.newton import implicit_convex
+from mirror_opt.ops.kronecker import rotation_is_fused, separable_rotated
 from mirror_opt.reference import Units, psi_slope
 
-__all__ = ["KroneckerNeural", "mode_product", "mode_sizes"]
-
-
-def mode_sizes(shape: Sequence[int]) -> tuple[int, ...]:
-    """The modes of a weight: (out, in) or (out, in, k*k); none for vectors and scalars."""
-    if len(shape) < 2:
-        return ()
-    return (*shape[:2], math.prod(shape[2:])) if len(shape) > 2 else tuple(shape)
-
-
-def mode_product(x: Tensor, factors: Sequence[Tensor], transpose: bool = False) -> Tensor:
-    """Multiplies every mode of x by its factor.
-
-    Args:
-        x: ``(*B, n_1, ..., n_m)``, the leading dimensions broadcast with those of the factors.
-        factors: m matrices ``(*B, n_l, n_l)``.
-        transpose: multiply by the transposed factors.
-
-    Returns:
-        ``(*B, n_1, ..., n_m)``.
-    """
-    if transpose:
-        factors = [f.mT for f in factors]
-    for mode, factor in enumerate(factors):
-        # Every mode product is one batched matrix product that moves nothing: the last mode is
-        # multiplied from the right, the one before it from the left, and an earlier one from the
-        # left of all that follows it seen as columns.
-        behind = len(factors) - 1 - mode
-        before = min(mode, len(factors) - 2)  # modes that the product is batched over
-        factor = factor.reshape(*factor.shape[:-2], *[1] * before, *factor.shape[-2:])
-        if behind == 0:
-            x = x @ factor.mT
-        elif behind == 1:
-            x = factor @ x
-        else:
-            x = (factor @ x.flatten(-behind)).unflatten(-1, x.shape[-behind:])
-    return x
+__all__ = ["KroneckerNeural"]
 
 
 class _Factors(nn.Module):
@@ -287,14 +253,50 @@ class KroneckerNeural(NeuralMap):
         """M_r u for every r: ``(G, R, *sizes)``."""
         return mode_product(u.unsqueeze(1), terms.factors)
 
-    def _back(self, v: Tensor, u: Tensor, terms: _Terms) -> Tensor:
+    def _back(self, v: Tensor, u: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
         """eps u + sum_r M_r^T v_r."""
-        total = mode_product(v, terms.factors, transpose=True)
+        total = mode_product(v, factors, transpose=True)
         total = total.sum(1) if total.shape[1] > 1 else total.squeeze(1)
         return torch.add(total, u, alpha=self.eps)
 
     def _closed(self, u: Tensor, coefficient: _Terms) -> Tensor:
-        return self._back(coefficient.separable.value(self._rotate(u, coefficient)), u, coefficient)
+        _, units, sigma = coefficient.separable
+        mode = fused_mode(u.shape[1:]) if coefficient.factors else None
+        if mode is not None and u.numel() and rotation_is_fused(u, len(units.w), sigma):
+            return self._closed_fused(u, coefficient, mode)
+        rotated = self._rotate(u, coefficient)
+        return self._back(coefficient.separable.value(rotated), u, coefficient.factors)
+
+    def _closed_fused(self, u: Tensor, terms: _Terms, mode: int) -> Tensor:
+        """``_closed``, with the products of this mode and S as one operator."""
+        gain, units, sigma = terms.separable
+        groups, *sizes = u.shape
+        before = math.prod(sizes[:mode])  # 1 if the mode is the first, else it is the last
+        left = before == 1
+        matrix = (sizes[mode], -1) if left else (before, sizes[mode])
+        factor = terms.factors[mode]
+        others: list[Tensor | None] = list(terms.factors)
+        others[mode] = None
+        for i, n in enumerate(sizes):
+            if n == 1:
+                factor, others[i] = factor * terms.factors[i], None
+        # Alone, the mode takes the sum over the terms and eps u in; else each term is for itself.
+        alone = not any(f is not None for f in others)
+        count = gain.shape[1] if alone else 1
+        members = groups * gain.shape[1] // count
+        v = u if alone else mode_product(u.unsqueeze(1), others)
+        out = separable_rotated(
+            v.reshape(members, *matrix),
+            factor.reshape(members, count, *factor.shape[-2:]),
+            gain.reshape(members, count, *matrix),
+            Units(*(x.reshape(len(x), members, count, sizes[0]) for x in units)),
+            sigma,
+            eps=self.eps if alone else 0.0,
+            left=left,
+        )
+        if alone:
+            return out.reshape(u.shape)
+        return self._back(out.reshape(v.shape), u, others)
 
     def _integral(self, u: Tensor, coefficient: _Terms) -> Tensor:
         rotated = self._rotate(u, coefficient)
@@ -304,7 +306,7 @@ class KroneckerNeural(NeuralMap):
         """The function v -> F'(u) v."""
         gain, units, sigma = terms.separable
         slope = gain * psi_slope(self._rotate(u, terms), units, sigma)
-        return lambda v: self._back(slope * self._rotate(v, terms), v, terms)
+        return lambda v: self._back(slope * self._rotate(v, terms), v, terms.factors)
 
     def _solve(self, t: Tensor, coefficient: _Terms) -> Tensor:
         if self.elementwise:

@@ -1,0 +1,160 @@
+"""What does the kernel of the rotated separable map save in KroneckerNeural on a GPU?
+
+    python bench/kronecker_gpu.py               # needs a CUDA device
+    python bench/kronecker_gpu.py --dry-run     # tiny, interpreted on the CPU; checks, no rows
+
+The closed direction of the map over the parameter lists of networks, coefficients at hand, with the
+fused operator and with the mode products and the elementwise operator for themselves, side by side
+in one process: without gradients, as in a step of an optimizer, and with them, as in meta-learning;
+each launched from Python, and without gradients as a CUDA graph too. Both run on the same backend
+and are held against each other before they are timed.
+Rows in $OUT/kronecker_gpu.json, or bench/results/kronecker_gpu.json.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+
+# Before anything imports Triton.
+if "--dry-run" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from results import add_rows
+from step_gpu import Timer, provenance
+from steps import MODELS
+from torch import Tensor
+
+from mirror_opt import maps, use_backend
+from mirror_opt.maps import kronecker
+
+NAME = "kronecker_gpu"
+TOLERANCE = 1e-4
+
+
+def learned(shapes: list[tuple[int, ...]], terms: int, device: str) -> maps.KroneckerNeural:
+    """A map off its identity start."""
+    torch.manual_seed(0)
+    params = [torch.zeros(shape, device=device) for shape in shapes]
+    found = maps.KroneckerNeural(params, terms=terms)
+    with torch.no_grad():
+        for p in found.parameters():
+            p += 0.02 * torch.randn_like(p)
+    return found
+
+
+def separate(function: Callable) -> Callable:
+    """The function without the fused operator."""
+
+    def run():
+        fused_mode = kronecker.fused_mode
+        kronecker.fused_mode = lambda sizes: None
+        try:
+            return function()
+        finally:
+            kronecker.fused_mode = fused_mode
+
+    return run
+
+
+def contenders(
+    kronecker_map: maps.KroneckerNeural, zs: list[Tensor]
+) -> Iterator[tuple[str, Callable, Callable]]:
+    """What is timed, fused and separate."""
+    coefficients = kronecker_map.coefficients()
+
+    @torch.no_grad()
+    def closed():
+        return kronecker_map.inverse(zs, coefficients)
+
+    leaves = [z.clone().requires_grad_() for z in zs]
+
+    def gradients():
+        loss = sum(x.sum() for x in kronecker_map.inverse(leaves, coefficients))
+        # All but the coefficients' own graph, which is the same for both.
+        parts = [x for c in coefficients for x in (*c.factors, c.separable.gain)]
+        return torch.autograd.grad(loss, [*leaves, *parts], retain_graph=True)
+
+    for name, function in (("map", closed), ("map and gradients", gradients)):
+        yield name, function, separate(function)
+
+
+def check(case: str, fused: Callable, alone: Callable) -> float:
+    """The largest difference over the largest entry."""
+    worst = 0.0
+    for got, wanted in zip(fused(), alone(), strict=True):
+        worst = max(worst, float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)))
+    if not worst <= TOLERANCE:
+        raise RuntimeError(f"{case}: the difference is {worst:.1e}, above {TOLERANCE:.0e}")
+    return worst
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = lambda text: [x for x in text.split(",") if x]  # noqa: E731
+    integers = lambda text: [int(x) for x in text.split(",")]  # noqa: E731
+    parser.add_argument("--models", type=names, default=["conv4", "conv4-32", "resnet12"])
+    parser.add_argument("--terms", type=integers, default=[1, 3], help="R, separated by commas")
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--dry-run", action="store_true", help="tiny, interpreted, no rows")
+    options = parser.parse_args()
+    unknown = set(options.models) - set(MODELS)
+    if unknown:
+        parser.error(f"unknown models {', '.join(unknown)}: pass some of {', '.join(MODELS)}")
+    if not options.dry_run and not torch.cuda.is_available():
+        parser.error("no CUDA device: pass --dry-run to try the script without one")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    device = "cpu" if options.dry_run else "cuda:0"
+    use_backend("triton")
+    timer = Timer(device, options.repeats)
+    about = {} if options.dry_run else provenance(device)
+    for case in options.models:
+        shapes = MODELS[case]()
+        if options.dry_run:  # the kinds of shapes of a network, not their sizes
+            shapes = [tuple(min(d, 3) for d in shape) for shape in shapes[:4]]
+        for terms in options.terms:
+            kronecker_map = learned(shapes, terms, device)
+            zs = [torch.randn(shape, device=device) for shape in shapes]
+            rows = []
+            for name, *both in contenders(kronecker_map, zs):
+                difference = check(case, *both)
+                for contender, run in zip(("fused", "separate"), both, strict=True):
+                    ways = {"eager": run}
+                    if timer.cuda and name == "map":
+                        ways["graph"] = timer.graph(run)
+                    for way, call in ways.items():
+                        seconds = timer(call, partial(int))
+                        cuts = statistics.quantiles(seconds, n=5)
+                        row = {
+                            "case": case,
+                            "elements": sum(z.numel() for z in zs),
+                            "tensors": len(zs),
+                            "terms": terms,
+                            "what": name,
+                            "contender": contender,
+                            "way": way,
+                            "seconds": statistics.median(seconds),
+                            "p20": cuts[0],
+                            "p80": cuts[3],
+                            "repeats": len(seconds),
+                            "difference": difference,
+                        }
+                        rows.append(row | about)
+                        line = f"{case:>9} R={terms} {name:17} {contender:8} {way:5}"
+                        line += f" difference {difference:.0e}"
+                        # The time of an interpreter says nothing.
+                        took = "ran" if options.dry_run else f"{row['seconds'] * 1e6:12.1f} us"
+                        print(line, took, flush=True)
+            if not options.dry_run:
+                add_rows(NAME, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The modes of a weight, and products along them."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mirror_opt.ops.kronecker import LARGEST_MODE
+
+__all__ = ["fused_mode", "mode_product", "mode_sizes"]
+
+
+def mode_sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    """The modes of a weight: (out, in) or (out, in, k*k); none for vectors and scalars."""
+    if len(shape) < 2:
+        return ()
+    return (*shape[:2], math.prod(shape[2:])) if len(shape) > 2 else tuple(shape)
+
+
+def mode_product(x: Tensor, factors: Sequence[Tensor | None], transpose: bool = False) -> Tensor:
+    """Multiplies every mode of x by its factor.
+
+    Args:
+        x: ``(*B, n_1, ..., n_m)``, the leading dimensions broadcast with those of the factors.
+        factors: m matrices ``(*B, n_l, n_l)``; None leaves a mode as it is.
+        transpose: multiply by the transposed factors.
+
+    Returns:
+        ``(*B, n_1, ..., n_m)``.
+    """
+    if transpose:
+        factors = [f if f is None else f.mT for f in factors]
+    for mode, factor in enumerate(factors):
+        if factor is None:
+            continue
+        # Every mode product is one batched matrix product that moves nothing: the last mode is
+        # multiplied from the right, the one before it from the left, and an earlier one from the
+        # left of all that follows it seen as columns.
+        behind = len(factors) - 1 - mode
+        before = min(mode, len(factors) - 2)  # modes that the product is batched over
+        factor = factor.reshape(*factor.shape[:-2], *[1] * before, *factor.shape[-2:])
+        if behind == 0:
+            x = x @ factor.mT
+        elif behind == 1:
+            x = factor @ x
+        else:
+            x = (factor @ x.flatten(-behind)).unflatten(-1, x.shape[-behind:])
+    return x
+
+
+def fused_mode(sizes: Sequence[int]) -> int | None:
+    """The mode whose product goes with the elementwise map, the shortest that has its price.
+
+    The first or the last, of those with more than one entry: along these a tensor is a batch of
+    matrices. None if there is none with at most ``LARGEST_MODE`` entries.
+    """
+    longer = [mode for mode, n in enumerate(sizes) if n > 1]
+    if not longer:
+        return None
+    # The last of two alike, whose lines lie in one piece.
+    mode = min((longer[-1], longer[0]), key=lambda mode: sizes[mode])
+    return mode if sizes[mode] <= LARGEST_MODE else None
