@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -30,6 +31,8 @@ def mode_product(x: Tensor, factors: Sequence[Tensor | None], transpose: bool = 
     """
     if transpose:
         factors = [f if f is None else f.mT for f in factors]
+    if len(factors) == 3 and all(f is not None for f in factors) and x.shape[-2] > 1:
+        return _cyclic_product(x, factors)
     for mode, factor in enumerate(factors):
         if factor is None:
             continue
@@ -45,6 +48,19 @@ def mode_product(x: Tensor, factors: Sequence[Tensor | None], transpose: bool = 
             x = factor @ x
         else:
             x = (factor @ x.flatten(-behind)).unflatten(-1, x.shape[-behind:])
+    return x
+
+
+def _cyclic_product(x: Tensor, factors: Sequence[Any]) -> Tensor:
+    """``mode_product`` of three modes.
+
+    Its product along the middle mode is batched over the first, for which torch.matmul would copy
+    the factor. Here each product moves its mode behind the others: one matrix product of what is
+    there, transposed in place, and after three all are where they were.
+    """
+    for factor in factors:
+        behind = x.shape[-2:]
+        x = (x.flatten(-2).mT @ factor.mT).unflatten(-2, behind)
     return x
 
 
