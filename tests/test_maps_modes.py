@@ -7,7 +7,7 @@ import torch
 
 from mirror_opt.maps.modes import fused_mode, mode_product, mode_sizes
 
-SIZES = [(4,), (4, 3), (1, 3), (4, 3, 5), (4, 1, 5), (4, 3, 1), (1, 1, 5)]
+SIZES = [(4, 3), (1, 3), (4, 3, 5), (4, 1, 5), (4, 3, 1), (1, 1, 5)]
 
 
 @pytest.mark.parametrize("transpose", [False, True])

@@ -22,7 +22,7 @@ def mode_product(x: Tensor, factors: Sequence[Tensor | None], transpose: bool = 
     """Multiplies every mode of x by its factor.
 
     Args:
-        x: ``(*B, n_1, ..., n_m)``, the leading dimensions broadcast with those of the factors.
+        x: ``(*B, n_1, ..., n_m)``, m > 1; the leading dimensions broadcast with the factors'.
         factors: m matrices ``(*B, n_l, n_l)``; None leaves a mode as it is.
         transpose: multiply by the transposed factors.
 
