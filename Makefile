@@ -27,8 +27,8 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	# One thread: the tensors are small, and the results are the same on every machine.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	# One thread for each process: the tensors are small, and the results the same everywhere.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # Lines of the package that the tests run, the kernels' by Triton's interpreter.
 coverage: install
