@@ -24,7 +24,7 @@ if "--dry-run" in sys.argv:
 
 import torch
 from results import add_rows
-from step_gpu import Timer, provenance
+from step_gpu import Timer, parsed, provenance
 from steps import MODELS
 from torch import Tensor
 
@@ -94,19 +94,9 @@ def check(case: str, fused: Callable, alone: Callable) -> float:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = lambda text: [x for x in text.split(",") if x]  # noqa: E731
     integers = lambda text: [int(x) for x in text.split(",")]  # noqa: E731
-    parser.add_argument("--models", type=names, default=["conv4", "conv4-32", "resnet12"])
     parser.add_argument("--terms", type=integers, default=[1, 3], help="R, separated by commas")
-    parser.add_argument("--repeats", type=int, default=100)
-    parser.add_argument("--dry-run", action="store_true", help="tiny, interpreted, no rows")
-    options = parser.parse_args()
-    unknown = set(options.models) - set(MODELS)
-    if unknown:
-        parser.error(f"unknown models {', '.join(unknown)}: pass some of {', '.join(MODELS)}")
-    if not options.dry_run and not torch.cuda.is_available():
-        parser.error("no CUDA device: pass --dry-run to try the script without one")
-    return options
+    return parsed(parser, ["conv4", "conv4-32", "resnet12"])
 
 
 def main() -> None:

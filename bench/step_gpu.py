@@ -194,25 +194,31 @@ def problems(options: argparse.Namespace, device: str) -> Iterator[tuple[Problem
             yield make_problem(model, shapes, True, units, device), units
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    integers = lambda text: [int(float(x)) for x in text.split(",")]  # noqa: E731
+def parsed(parser: argparse.ArgumentParser, models: list[str]) -> argparse.Namespace:
+    """The options, with those that the benchmarks on a GPU share."""
     names = lambda text: [x for x in text.split(",") if x]  # noqa: E731
-    parser.add_argument("--sizes", type=integers, help="n, separated by commas")
-    parser.add_argument("--units", type=integers, help="K, separated by commas")
-    parser.add_argument("--models", type=names, default=list(MODELS), help=", ".join(MODELS))
+    parser.add_argument("--models", type=names, default=models, help=", ".join(MODELS))
     parser.add_argument("--repeats", type=int, default=100)
-    parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--dry-run", action="store_true", help="tiny, interpreted, no rows")
     options = parser.parse_args()
-    options.sizes = options.sizes or ([300] if options.dry_run else [10**k for k in range(4, 9)])
-    options.units = options.units or ([2] if options.dry_run else [4, 8, 16])
-    options.compile &= not options.dry_run
     unknown = set(options.models) - set(MODELS)
     if unknown:
         parser.error(f"unknown models {', '.join(unknown)}: pass some of {', '.join(MODELS)}")
     if not options.dry_run and not torch.cuda.is_available():
         parser.error("no CUDA device: pass --dry-run to try the script without one")
+    return options
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    integers = lambda text: [int(float(x)) for x in text.split(",")]  # noqa: E731
+    parser.add_argument("--sizes", type=integers, help="n, separated by commas")
+    parser.add_argument("--units", type=integers, help="K, separated by commas")
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    options = parsed(parser, list(MODELS))
+    options.sizes = options.sizes or ([300] if options.dry_run else [10**k for k in range(4, 9)])
+    options.units = options.units or ([2] if options.dry_run else [4, 8, 16])
+    options.compile &= not options.dry_run
     return options
 
 

@@ -28,7 +28,7 @@ from mirror_opt.ops.multi_tensor import step_lists
 from mirror_opt.optim.options import Group
 from mirror_opt.optim.plan import Lists
 from mirror_opt.optim.sharded import local, on_shards
-from mirror_opt.optim.update import Tensors
+from mirror_opt.optim.update import Tensors, as_scalar
 
 __all__ = ["FusedStep", "fused_step", "may_fuse", "may_fuse_scaled"]
 
@@ -66,8 +66,8 @@ class FusedStep:
 
     @property
     def moderate(self) -> bool:
-        """Whether the map's coefficients are within the bounds."""
-        raise NotImplementedError
+        """Whether the map's coefficients, if it has any, are within the bounds."""
+        return True
 
     def found_inf(self, grad_scale: Tensor | None) -> Tensor:
         """0 where the step cannot fail, else 1: 0-dim, on the device of the parameters."""
@@ -122,17 +122,9 @@ class SeparableStep(FusedStep):
 class EuclideanStep(FusedStep):
     """By the functions of ``torch.optim.SGD``, after a decay of the weights that is AdamW's."""
 
-    @property
-    def moderate(self) -> bool:
-        return True
-
-    @torch.no_grad()
     def take(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> Status | None:
         group, _, params, grads, buffers, *_ = self.lists
-        lr, decay = group["lr"], group["weight_decay"]
-        if isinstance(lr, Tensor):
-            readable = lr.is_cpu and not torch.compiler.is_compiling()
-            lr = lr.item() if readable else lr.reshape(())
+        lr, decay = as_scalar(group["lr"]), group["weight_decay"]
         if decay != 0:
             factor = 1 - lr * decay
             if found_inf is not None:
@@ -148,7 +140,7 @@ class EuclideanStep(FusedStep):
             found_inf=found_inf,
             weight_decay=0,
             momentum=group["momentum"],
-            lr=lr,
+            lr=cast(float, lr),  # or a tensor
             dampening=0,
             nesterov=group["nesterov"],
             maximize=group["maximize"],

@@ -12,7 +12,7 @@ from mirror_opt.maps import MirrorMap
 from mirror_opt.optim.rounding import round_stochastically
 from mirror_opt.optim.sharded import OnShards
 
-__all__ = ["Update", "all_finite", "mirror_descent", "through", "widened"]
+__all__ = ["Update", "all_finite", "as_scalar", "mirror_descent", "through", "widened"]
 
 Tensors = list[Tensor]
 
@@ -63,7 +63,7 @@ def mirror_descent(
         NewtonError: a solve of the map failed.
     """
     add, scale = (_foreach_add, _foreach_scale) if foreach else (_forloop_add, _forloop_scale)
-    lr = _as_scalar(lr, differentiable)
+    lr = as_scalar(lr, differentiable)
     coefficients = mirror_map.coefficients()
 
     def primal(duals: Tensors) -> Tensors:
@@ -140,7 +140,8 @@ def _as_dtype_of(likes: Tensors, xs: Tensors) -> Tensors:
     return [x.to(like.dtype) for like, x in zip(likes, xs, strict=True)]
 
 
-def _as_scalar(lr: float | Tensor, differentiable: bool) -> float | Tensor:
+def as_scalar(lr: float | Tensor, differentiable: bool = False) -> float | Tensor:
+    """The rate as a number where it may be read, else as a 0-dim tensor."""
     if not isinstance(lr, Tensor):
         return lr
     # A number is faster and rounds as in SGD. It stays a tensor where reading it would synchronise,
