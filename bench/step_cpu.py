@@ -65,10 +65,12 @@ def mirror_descent(problem: Problem, units: int) -> Callable[[], Any]:
     share = "tensor" if len(params) == 1 else "channel"
     mirror_map = maps.SeparableNeural(params, units=units, parametrization="primal", share=share)
     with torch.no_grad():
-        for tensor, (w, s, c) in zip(mirror_map.tensors, problem.units, strict=True):
-            tensor.log_s.copy_(s.log().view_as(tensor.log_s))
-            tensor.c.copy_(c.view_as(tensor.c))
-            tensor.p.copy_((w * s * units / tensor.rho).atanh().view_as(tensor.p))
+        for indices, psi in zip(mirror_map.indices, mirror_map.groups, strict=True):
+            alike = zip(*(problem.units[i] for i in indices), strict=True)
+            w, s, c = (torch.stack(xs, 1) for xs in alike)
+            psi.log_s.copy_(s.log().view_as(psi.log_s))
+            psi.c.copy_(c.view_as(psi.c))
+            psi.p.copy_((w * s * units / psi.rho).atanh().view_as(psi.p))
     return MirrorDescent(params, LR, mirror_map, anchor="zero", dual_state=False, fused=True).step
 
 

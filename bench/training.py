@@ -58,9 +58,9 @@ def thresholding(threshold: float, problem: Problem, lr: float):
     """A SeparableNeural set by hand: grad h* has slope 0.1 up to the threshold and 1 beyond."""
     separable = maps.SeparableNeural(problem.params, units=1, share="tensor")
     with torch.no_grad():
-        for tensor in separable.tensors:
-            tensor.p.fill_(-10)  # w s = -rho: the most that is allowed
-            tensor.log_s.fill_(-math.log(threshold))
+        for psi in separable.groups:
+            psi.p.fill_(-10)  # w s = -rho: the most that is allowed
+            psi.log_s.fill_(-math.log(threshold))
     return MirrorDescent(problem.params, lr, separable, momentum=0.9)
 
 

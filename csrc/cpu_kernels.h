@@ -63,6 +63,9 @@ template <class T> struct RowUnits {
 };
 
 // Calls f(units, element, element of gain, lanes) for every register of the elements in [begin, end).
+//
+// Where a row shares its units, f.whole(units, element, element of gain, registers) is called instead,
+// if there is one, for all of the row's whole registers at once.
 template <class T, class F>
 MIRROR_FN void sweep(const Map<T>& map, int64_t begin, int64_t end, const F& f) {
   constexpr int64_t full = kLanes<T>;
@@ -82,8 +85,14 @@ MIRROR_FN void sweep(const Map<T>& map, int64_t begin, int64_t end, const F& f) 
     const int64_t row = i / map.n, stop = least(end, (row + 1) * map.n);
     const int64_t shift = (row - row % map.gain_rows) * map.n;
     const RowUnits<T> units(map, row % map.columns);
-    for (; i + 2 * full <= stop; i += 2 * full) f(units, i, i - shift, Two{});
-    for (; i + full <= stop; i += full) f(units, i, i - shift, All{});
+    if constexpr (requires { f.whole(units, i, i, i); }) {
+      const int64_t registers = (stop - i) / full;
+      f.whole(units, i, i - shift, registers);
+      i += registers * full;
+    } else {
+      for (; i + 2 * full <= stop; i += 2 * full) f(units, i, i - shift, Two{});
+      for (; i + full <= stop; i += full) f(units, i, i - shift, All{});
+    }
     if (i < stop) f(units, i, i - shift, (int)(stop - i));
     i = stop;
   }
@@ -239,38 +248,110 @@ template <class V> MIRROR_FN void write(const Stored& x, int64_t i, Pair<V> valu
   write(x, i + (int64_t)(sizeof(V) / (x.type == Storage::f64 ? 8 : 4)), value.b, All{});
 }
 
-// With `common`, the step without momentum, anchor and dual state of tensors stored in T itself:
-// what it does without, the compiler then leaves out.
-template <bool common, class T>
-int step_elements(const Entry<T>& entry, const Options<T>& options, int64_t begin, int64_t end) {
-  constexpr Storage own = std::is_same_v<T, double> ? Storage::f64 : Storage::f32;
-  int status = kConverged;
-  const auto one = [&](const auto& units, int64_t i, int64_t, auto lanes) MIRROR_INLINE {
+// One register of a step.
+template <class T> struct StepLanes {
+  const Entry<T>& entry;
+  const Options<T>& options;
+  int& status;
+
+  template <class Units, class Count>
+  MIRROR_FN void operator()(const Units& units, int64_t i, int64_t, Count lanes) const {
     using V = decltype(load((const T*)nullptr, lanes));
-    Options<T> mine = options;
     V gain = V{} + T(1);
     if (options.gain) gain = load(entry.map.gain + i, lanes, T(1));
-    if constexpr (common) {
-      mine.primal = true;
-      mine.buffer = mine.dual = false;
-      mine.buffer_limit = Limits<T>::max;
-      const Stored param{entry.param.data, own}, grad{entry.grad.data, own};
-      Elements<V> x{read(T{}, param, i, lanes), read(T{}, grad, i, lanes), gain, V{}, V{}, V{}, V{}};
-      mirror_step<T>(x, mine, units, status);
-      write(param, i, x.param, lanes);
-    } else {
-      const auto get = [&](const Stored& x) { return x.data ? read(T{}, x, i, lanes) : V{}; };
-      Elements<V> x{get(entry.param),  get(entry.grad), gain, get(entry.buffer),
-                    get(entry.anchor), get(entry.dual), get(entry.dual_init)};
-      mirror_step<T>(x, mine, units, status);
-      write(entry.param, i, x.param, lanes);
-      if (options.dual) write(entry.dual, i, x.dual, lanes);
-      if (options.buffer) write(entry.buffer, i, x.buffer, lanes);
+    const auto get = [&](const Stored& x) { return x.data ? read(T{}, x, i, lanes) : V{}; };
+    Elements<V> x{get(entry.param),  get(entry.grad), gain, get(entry.buffer),
+                  get(entry.anchor), get(entry.dual), get(entry.dual_init)};
+    mirror_step<T>(x, options, units, status);
+    write(entry.param, i, x.param, lanes);
+    if (options.dual) write(entry.dual, i, x.dual, lanes);
+    if (options.buffer) write(entry.buffer, i, x.buffer, lanes);
+  }
+};
+
+// The same without momentum, anchor and dual state, of tensors stored in T itself: what it does
+// without, the compiler then leaves out.
+template <class T> struct CommonStepLanes {
+  const Entry<T>& entry;
+  const Options<T>& options;
+  int& status;
+
+  static bool serves(const Entry<T>& entry, const Options<T>& options) {
+    const bool stored = entry.param.type == entry.grad.type && entry.param.type <= Storage::f64;
+    return stored && options.primal && !options.buffer && !options.dual && !entry.anchor.data &&
+           !entry.dual_init.data;
+  }
+
+  template <class Units, class Count>
+  MIRROR_FN void operator()(const Units& units, int64_t i, int64_t, Count lanes) const {
+    using V = decltype(load((const T*)nullptr, lanes));
+    Options<T> mine = options;
+    mine.primal = true;
+    mine.buffer = mine.dual = false;
+    mine.buffer_limit = Limits<T>::max;
+    V gain = V{} + T(1);
+    if (options.gain) gain = load(entry.map.gain + i, lanes, T(1));
+    T* param = (T*)entry.param.data + i;
+    Elements<V> x{load(param, lanes), load((const T*)entry.grad.data + i, lanes), gain, V{}, V{}, V{}, V{}};
+    mirror_step<T>(x, mine, units, status);
+    store(param, x.param, lanes);
+  }
+
+  // A block of registers at a time: first the derivatives of psi for all, then the series for all.
+  // In one go each register would wait for the long chain of its series; apart, the chains of a block
+  // run side by side. A block for which the series is not proven is done as above.
+  void whole(const RowUnits<float>& units, int64_t i, int64_t, int64_t registers) const {
+    constexpr int64_t full = kLanes<float>;
+    for (int count; registers > 0; registers -= count, i += count * full) {
+      count = (int)least(kBlock, registers);
+      if (block(units, i, count)) continue;
+      int j = 0;
+      for (; j + 2 <= count; j += 2) far(units, i + j * full, Two{});
+      if (j < count) far(units, i + j * full, All{});
     }
-  };
-  sweep(entry.map, begin, end, one);
-  return status;
-}
+  }
+
+ private:
+  static constexpr int kBlock = 8;
+
+  template <class Count>
+  MIRROR_SLOW void far(const RowUnits<float>& units, int64_t i, Count lanes) const {
+    (*this)(units, i, i, lanes);
+  }
+
+  // Whether the block was done.
+  MIRROR_FN bool block(const RowUnits<float>& units, int64_t i, int count) const {
+    constexpr int64_t full = kLanes<float>;
+    using V = Vec<float>;
+    float* param = (float*)entry.param.data + i;
+    const float* grad = (const float*)entry.grad.data + i;
+    V rise[kBlock], y[kBlock];
+    Derivatives<V> at[kBlock];
+    auto good = V{} <= V{};
+    for (int j = 0; j < count; ++j) {
+      const V move = options.lr * (options.scale * load(grad + j * full));
+      rise[j] = options.gain ? move * (1 / load(entry.map.gain + i + j * full)) : move;
+      y[j] = options.decay * load(param + j * full);
+      good = good & is_small<float>(y[j], rise[j], units.bounds);
+    }
+    if (any(!good)) return false;
+    int j = 0;
+    for (; j + 2 <= count; j += 2) {
+      const auto two = derivatives(Pair<V>{y[j], y[j + 1]}, units);
+      at[j] = {two.first.a, two.second.a, two.third.a};
+      at[j + 1] = {two.first.b, two.second.b, two.third.b};
+    }
+    if (j < count) at[j] = derivatives(y[j], units);
+    for (j = 0; j < count; ++j) {
+      const auto near = series<float>(y[j], rise[j], at[j], units.bounds);
+      good = good & near.proven & (abs(near.y) <= options.param_limit);
+      y[j] = near.y;
+    }
+    if (any(!good)) return false;
+    for (j = 0; j < count; ++j) store(param + j * full, y[j]);
+    return true;
+  }
+};
 
 template <class T> int step_(const Entry<T>& entry, Options<T> options, int64_t begin, int64_t end) {
   options.gain = entry.map.gain != nullptr;
@@ -278,11 +359,13 @@ template <class T> int step_(const Entry<T>& entry, Options<T> options, int64_t 
   options.dual = entry.dual.data != nullptr;
   options.param_limit = limit(T{}, entry.param.type);
   options.buffer_limit = limit(T{}, entry.buffer.type);
-  const bool stored = entry.param.type == entry.grad.type && entry.param.type <= Storage::f64;
-  const bool common = stored && options.primal && !options.buffer && !options.dual &&
-                      !entry.anchor.data && !entry.dual_init.data;
-  return common ? step_elements<true>(entry, options, begin, end)
-                : step_elements<false>(entry, options, begin, end);
+  int status = kConverged;
+  if (CommonStepLanes<T>::serves(entry, options)) {
+    sweep(entry.map, begin, end, CommonStepLanes<T>{entry, options, status});
+  } else {
+    sweep(entry.map, begin, end, StepLanes<T>{entry, options, status});
+  }
+  return status;
 }
 
 // Whether some |x| is above the bound, or NaN.

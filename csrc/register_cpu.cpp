@@ -161,31 +161,69 @@ Stored stored(const Tensors& list, size_t i) {
   return {list[i].mutable_data_ptr(), storage(list[i])};
 }
 
+// The columns of a table of maps, a row for each parameter: what their coefficients are, where, and
+// of how many elements of how many bytes. It is made once (mirror_opt/backends/cpp.py), and costs a step one tensor.
+enum Field { kGain, kW, kS, kC, kUnits, kColumns, kElements, kWidth, kFields };
+
+template <class T> const T* address(int64_t x) { return reinterpret_cast<const T*>(x); }
+
+template <class T> Map<T> map_of(const int64_t* row) {
+  const int64_t columns = row[kColumns], n = columns ? row[kElements] / columns : 0;
+  return {address<T>(row[kGain]), address<T>(row[kW]), address<T>(row[kS]), address<T>(row[kC]),
+          columns, n, columns, columns, static_cast<int>(row[kUnits])};
+}
+
+// What a step reads and writes beside the coefficients. Empty lists stand for what there is not.
+struct Lists {
+  const Tensors &params, &grads, &buffers, &anchors, &duals, &dual_inits;
+};
+
 template <class T>
-int step_list(const Tensors& params, const Tensors& grads, const Tensors& gains, const Tensors& w,
-              const Tensors& s, const Tensors& c, const Tensors& buffers, const Tensors& anchors,
-              const Tensors& duals, const Tensors& dual_inits, const Options<T>& options) {
-  // All tensors are one range of elements, so that a thread has its share of many small ones.
+std::vector<Entry<T>> entries_of(const Lists& lists, const std::vector<Map<T>>& maps) {
   std::vector<Entry<T>> entries;
-  std::vector<int64_t> ends;
-  int64_t total = 0;
-  for (size_t i = 0; i < params.size(); ++i) {
-    const int64_t columns = w[i].size(1), n = columns ? params[i].numel() / columns : 0;
-    const T* gain = gains.empty() ? nullptr : data<T>(gains[i]);
-    const Map<T> map{gain, data<T>(w[i]), data<T>(s[i]), data<T>(c[i]), columns, n, columns, columns,
-                     static_cast<int>(w[i].size(0))};
-    entries.push_back({map, stored(params, i), stored(grads, i), stored(buffers, i),
-                       stored(anchors, i), stored(duals, i), stored(dual_inits, i)});
-    ends.push_back(total += params[i].numel());
+  entries.reserve(maps.size());
+  for (size_t i = 0; i < maps.size(); ++i) {
+    entries.push_back({maps[i], stored(lists.params, i), stored(lists.grads, i),
+                       stored(lists.buffers, i), stored(lists.anchors, i), stored(lists.duals, i),
+                       stored(lists.dual_inits, i)});
   }
+  return entries;
+}
+
+// Runs f(entry, begin, end) over all elements of all entries, and returns the worst Status. They are
+// one range, so that a thread has its share of many small ones.
+template <class T, class F> int sweep_list(const std::vector<Entry<T>>& entries, const F& f) {
+  std::vector<int64_t> ends;
+  ends.reserve(entries.size());
+  int64_t total = 0;
+  for (const Entry<T>& entry : entries) ends.push_back(total += entry.map.rows * entry.map.n);
   return worst(total, [&](int64_t begin, int64_t end) {
     int status = 0;
     for (size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin(); begin < end; ++i) {
       const int64_t start = i ? ends[i - 1] : 0, stop = std::min(end, ends[i]);
-      status = std::max(status, kernels<T>().step_(entries[i], options, begin - start, stop - start));
+      status = std::max(status, f(entries[i], begin - start, stop - start));
       begin = stop;
     }
     return status;
+  });
+}
+
+template <class T>
+Options<T> options_of(double lr, double momentum, double decay, double scale, bool nesterov,
+                      bool primal) {
+  Options<T> options{};
+  options.lr = static_cast<T>(lr);
+  options.momentum = static_cast<T>(momentum);
+  options.decay = static_cast<T>(decay);
+  options.scale = static_cast<T>(scale);
+  options.primal = primal;
+  options.nesterov = nesterov;
+  return options;
+}
+
+template <class T> int take(const std::vector<Entry<T>>& entries, const Options<T>& options) {
+  return sweep_list(entries, [&](const Entry<T>& entry, int64_t begin, int64_t end) {
+    return kernels<T>().step_(entry, options, begin, end);
   });
 }
 
@@ -195,14 +233,62 @@ int64_t step_(Tensors params, Tensors grads, Tensors gains, Tensors w, Tensors s
   if (params.empty()) return 0;
   return with_dtype(params[0], [&](auto type) {
     using T = decltype(type);
-    Options<T> options{};
-    options.lr = static_cast<T>(lr);
-    options.momentum = static_cast<T>(momentum);
-    options.decay = static_cast<T>(decay);
-    options.scale = static_cast<T>(scale);
-    options.primal = primal;
-    options.nesterov = nesterov;
-    return step_list<T>(params, grads, gains, w, s, c, buffers, anchors, duals, dual_inits, options);
+    std::vector<Map<T>> maps;
+    for (size_t i = 0; i < params.size(); ++i) {
+      const int64_t columns = w[i].size(1), n = columns ? params[i].numel() / columns : 0;
+      const T* gain = gains.empty() ? nullptr : data<T>(gains[i]);
+      maps.push_back({gain, data<T>(w[i]), data<T>(s[i]), data<T>(c[i]), columns, n, columns, columns,
+                      static_cast<int>(w[i].size(0))});
+    }
+    const Lists lists{params, grads, buffers, anchors, duals, dual_inits};
+    return take<T>(entries_of<T>(lists, maps),
+                   options_of<T>(lr, momentum, decay, scale, nesterov, primal));
+  });
+}
+
+// Whether a list is as a step takes it: absent, or contiguous tensors of so many elements each, in a
+// dtype that T stands for.
+template <class T> bool is_plain(const Tensors& list, const int64_t* rows, size_t count) {
+  if (list.empty()) return true;
+  if (list.size() != count) return false;
+  for (size_t i = 0; i < count; ++i) {
+    const Storage type = storage(list[i]);
+    if (list[i].numel() != rows[i * kFields + kElements] || !list[i].is_contiguous() ||
+        (type == Storage::f64) != std::is_same_v<T, double> || type == Storage::f16) {
+      return false;
+    }
+  }
+  return true;
+}
+
+constexpr int64_t kRefused = -1;
+
+// step_, if it is sure to succeed: if all is plain, and nothing it reads exceeds the bound. Else
+// kRefused, and nothing has changed.
+int64_t attempt(Tensors params, Tensors grads, Tensors buffers, Tensors anchors, Tensors duals,
+                Tensors dual_inits, Tensor table, double lr, double momentum, double decay,
+                double scale, bool nesterov, bool primal, double bound) {
+  return with_dtype(params[0], [&](auto type) -> int64_t {
+    using T = decltype(type);
+    const int64_t* rows = data<int64_t>(table);
+    const size_t count = params.size();
+    if (table.size(0) != static_cast<int64_t>(count) || rows[kWidth] != sizeof(T)) return kRefused;
+    for (const Tensors* list : {&params, &grads, &buffers, &anchors, &duals, &dual_inits}) {
+      if (!is_plain<T>(*list, rows, count)) return kRefused;
+    }
+    std::vector<Map<T>> maps;
+    maps.reserve(count);
+    for (size_t i = 0; i < count; ++i) maps.push_back(map_of<T>(rows + i * kFields));
+    const auto entries = entries_of<T>({params, grads, buffers, anchors, duals, dual_inits}, maps);
+    const int beyond = sweep_list(entries, [&](const Entry<T>& entry, int64_t begin, int64_t end) {
+      const Stored param = entry.dual.data ? Stored{} : entry.param;
+      for (const Stored& x : {param, entry.grad, entry.buffer, entry.anchor, entry.dual, entry.dual_init}) {
+        if (x.data && kernels<T>().exceeds(x, static_cast<T>(bound), begin, end)) return 1;
+      }
+      return 0;
+    });
+    if (beyond) return kRefused;
+    return take<T>(entries, options_of<T>(lr, momentum, decay, scale, nesterov, primal));
   });
 }
 
@@ -243,6 +329,10 @@ STABLE_TORCH_LIBRARY(mirror_opt_cpu, m) {
       "step_(Tensor(a!)[] params, Tensor[] grads, Tensor[] gains, Tensor[] w, Tensor[] s, Tensor[] c,"
       " Tensor(b!)[] buffers, Tensor[] anchors, Tensor(c!)[] duals, Tensor[] dual_inits, float lr,"
       " float momentum, float decay, float scale, bool nesterov, bool primal) -> int");
+  m.def(
+      "attempt(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, Tensor[] anchors,"
+      " Tensor(c!)[] duals, Tensor[] dual_inits, Tensor table, float lr, float momentum, float decay,"
+      " float scale, bool nesterov, bool primal, float bound) -> int");
   m.def("exceeds(Tensor[] xs, float bound) -> bool");
   m.def("instruction_set(str name) -> str");
 }
@@ -253,6 +343,7 @@ STABLE_TORCH_LIBRARY_IMPL(mirror_opt_cpu, CPU, m) {
   m.impl("step", TORCH_BOX(&step));
   m.impl("backward", TORCH_BOX(&backward));
   m.impl("step_", TORCH_BOX(&step_));
+  m.impl("attempt", TORCH_BOX(&attempt));
   m.impl("exceeds", TORCH_BOX(&exceeds));
 }
 

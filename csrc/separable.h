@@ -242,7 +242,12 @@ template <class V, class M> struct Series {
   M proven;
 };
 
-template <class T, class V, class Units> MIRROR_FN auto series(V u, V rise, const Units& units) {
+// psi', -psi'' / 3 and psi''' / 3 at one point.
+template <class V> struct Derivatives {
+  V first, second, third;
+};
+
+template <class V, class Units> MIRROR_FN Derivatives<V> derivatives(V u, const Units& units) {
   V first{}, second{}, third{};
   MIRROR_UNROLL
   for (int k = 0; k < units.count; ++k) {
@@ -253,14 +258,25 @@ template <class T, class V, class Units> MIRROR_FN auto series(V u, V rise, cons
     second += unit.wss * (t * fifth);
     third += unit.wsss * (fifth * (4 - 5 * square));
   }
-  const V slope = 1 + first, inverse = reciprocal(slope);
-  const V a2 = T(-1.5) * second * inverse, a3 = T(0.5) * third * inverse;
+  return {1 + first, second, third};
+}
+
+template <class T, class V, class U>
+MIRROR_FN auto series(V u, V rise, const Derivatives<V>& at, const Bounds<U>& bounds) {
+  const V inverse = reciprocal(at.first);
+  const V a2 = T(-1.5) * at.second * inverse, a3 = T(0.5) * at.third * inverse;
   const V linear = -(rise * inverse), h = a2 * linear;
   const V d = linear * (1 - h + (2 * h * h - a3 * (linear * linear)));  // the inverse series
   const V square = d * d, residual = (d - linear) + square * (a2 + a3 * d);
-  const V error = slope * abs(residual) + units.bounds.remainder * (square * square);
-  const auto proven = (slope > 0) & (error <= (4 * Limits<T>::eps) * (abs(u) + units.bounds.span));
+  const V error = at.first * abs(residual) + bounds.remainder * (square * square);
+  const auto proven = (at.first > 0) & (error <= (4 * Limits<T>::eps) * (abs(u) + bounds.span));
   return Series<V, decltype(proven)>{u + d, proven};
+}
+
+// Where the series is likely to be proven. Elsewhere it is not tried.
+template <class T, class V, class U> MIRROR_FN auto is_small(V u, V rise, const Bounds<U>& bounds) {
+  const V square = rise * rise;
+  return bounds.remainder * (square * square) <= (4 * Limits<T>::eps) * (abs(u) + bounds.span);
 }
 
 // psi^-1(psi(u) - rise) by Newton's method, from a start that is right to second order in rise.
@@ -274,12 +290,9 @@ MIRROR_APART V shift_far(V u, V rise, const Units& units, int& status) {
 template <class T, class V, class Units>
 MIRROR_FN V shift(V u, V rise, const Units& units, int& status) {
   if constexpr (std::is_same_v<T, float>) {  // a double asks for more than the series has
-    // Where it is not likely to be proven it is not tried.
-    const V square = rise * rise;
-    const auto likely = units.bounds.remainder * (square * square) <=
-                        (4 * Limits<T>::eps) * (abs(u) + units.bounds.span);
+    const auto likely = is_small<T>(u, rise, units.bounds);
     if (any(likely)) {
-      const auto near = series<T>(u, rise, units);
+      const auto near = series<T>(u, rise, derivatives(u, units), units.bounds);
       const auto taken = likely & near.proven;
       if (!any(!taken)) return near.y;
       return select(taken, near.y, shift_far<T>(u, rise, units, status));

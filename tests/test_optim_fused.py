@@ -7,6 +7,7 @@ import pytest
 import torch
 from optim_cases import COMPILER_WARNINGS, descend, learned, same, snapshot, start
 
+import mirror_opt.optim.mirror_descent as optimizer_module
 from mirror_opt import backends, maps
 from mirror_opt.errors import InputError
 from mirror_opt.optim import MirrorDescent, fused
@@ -21,15 +22,22 @@ VARIANTS = [v for v in maps.SeparableNeural.variants if v.get("sigma", "algebrai
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The fused steps that were taken."""
+    """The coefficients of the fused steps that were taken, in one call or after a look."""
     steps = []
-    take = fused.SeparableStep.take
+    take, attempt = fused.SeparableStep.take, fused.attempt
 
     def record(self, found_inf, grad_scale):
-        steps.append(self)
+        steps.append(self.coefficients)
         return take(self, found_inf, grad_scale)
 
+    def record_attempt(lists, grad_scale):
+        status = attempt(lists, grad_scale)
+        if status is not None:
+            steps.append(fused._cache[lists.group["mirror_map"]])
+        return status
+
     monkeypatch.setattr(fused.SeparableStep, "take", record)
+    monkeypatch.setattr(optimizer_module, "attempt", record_attempt)
     return steps
 
 
@@ -133,15 +141,15 @@ def test_coefficients_are_computed_again_when_the_map_has_changed(taken):
         mirror_map = optimizer.param_groups[0]["mirror_map"]
         descend(optimizer, params, 2)
         with torch.no_grad():
-            mirror_map.tensors[0].p.add_(0.5)
+            mirror_map.groups[0].p.add_(0.5)
         descend(optimizer, params, 2)
-        mirror_map.tensors[1].a = torch.nn.Parameter(mirror_map.tensors[1].a + 0.3)
+        mirror_map.groups[1].a = torch.nn.Parameter(mirror_map.groups[1].a + 0.3)
         descend(optimizer, params, 2)
         mirror_map.load_state_dict({k: v * 0.9 for k, v in mirror_map.state_dict().items()})
         descend(optimizer, params, 2)
         ends.append(snapshot(optimizer))
     assert len(taken) == 8
-    first, *others = (id(step.coefficients) for step in taken)
+    first, *others = map(id, taken)
     assert [x == first for x in others] == [True, *[False] * 6]
     for x, y in zip(*ends, strict=True):
         torch.testing.assert_close(x, y)
@@ -157,9 +165,10 @@ def test_no_temporary_of_the_size_of_the_parameters(variant, taken):
     optimizer.step()  # makes the state
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         optimizer.step()
+        torch.zeros(25)  # 100 bytes, to show that the profiler sees them
     grown = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
     assert len(taken) == 2
-    assert 0 < grown < 1000
+    assert 100 <= grown < 1000
 
 
 def test_groups_step_together_or_not_at_all(taken):
@@ -178,6 +187,67 @@ def test_groups_step_together_or_not_at_all(taken):
     with pytest.raises(FloatingPointError):
         optimizer.step()
     assert all(torch.equal(x, y) for x, y in zip(before, snapshot(optimizer), strict=True))
+
+
+def attempted(change=None, dtype=torch.float32, **options):
+    """The status of a step taken in one call; None where it was not taken."""
+    params, optimizer = next(pair(dtype, nonfinite="skip", **options))
+    descend(optimizer, params, 1)
+    if change is not None:
+        change(params, optimizer)
+    lists = optimizer._collect(optimizer.param_groups[0])
+    before = snapshot(optimizer)
+    with torch.no_grad():
+        status = fused.attempt(lists, getattr(optimizer, "grad_scale", None))
+    assert (status is None) == same(before, snapshot(optimizer))
+    return status
+
+
+def transposed(params, optimizer):
+    wide = next(p for p in params if p.dim() > 1)
+    wide.data = wide.data.mT.contiguous().mT
+
+
+def large(params, optimizer):
+    params[1].grad[-1] = 1e16
+
+
+def small_scale(params, optimizer):
+    optimizer.grad_scale = torch.tensor(0.5)
+
+
+def other_shape(params, optimizer):
+    params[0].data = torch.zeros(3)
+    params[0].grad = torch.zeros(3)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 0.1}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_step_that_is_sure_to_succeed_takes_one_call(dtype, options):
+    assert attempted(dtype=dtype, **options) == 0
+
+
+@pytest.mark.parametrize("change", [transposed, large, small_scale, other_shape])
+def test_a_step_that_is_not_as_usual_is_not_taken_in_one_call(change):
+    assert attempted(change) is None
+
+
+def test_a_backend_that_was_chosen_takes_its_steps_itself():
+    params, optimizer = next(pair())
+    descend(optimizer, params, 1)
+    lists = optimizer._collect(optimizer.param_groups[0])
+    with backends.use_backend("torch"), torch.no_grad():
+        assert fused.attempt(lists, None) is None
+
+
+def test_parameters_of_another_shape_are_an_error_and_change_nothing():
+    params, optimizer = next(pair(anchor="zero"))
+    descend(optimizer, params, 1)
+    other_shape(params, optimizer)
+    before = snapshot(optimizer)
+    with pytest.raises(InputError, match="parameters have changed their shape"):
+        optimizer.step()
+    assert same(before, snapshot(optimizer))
 
 
 def test_a_compiled_fused_step():

@@ -13,7 +13,7 @@ from torch import Tensor
 from mirror_opt.backends import cpp, cuda, plain, triton
 from mirror_opt.errors import InputError
 
-__all__ = ["BACKENDS", "BackendStatus", "choose", "status", "use_backend"]
+__all__ = ["BACKENDS", "BackendStatus", "choose", "chosen", "status", "use_backend"]
 
 BACKENDS: dict[str, ModuleType] = {
     "triton": triton,
@@ -74,12 +74,12 @@ class BackendStatus(NamedTuple):
 
 def status() -> list[BackendStatus]:
     """One row for each backend, the fastest first; what ``mirror-opt info`` prints."""
-    chosen = _current()
+    current = chosen()
     rows = []
     for name, module in BACKENDS.items():
         reason = module.unavailable()
         rows.append(
-            BackendStatus(name, name == chosen, reason, None if reason else module.describe())
+            BackendStatus(name, name == current, reason, None if reason else module.describe())
         )
     return rows
 
@@ -90,7 +90,7 @@ def choose(operator: str, x: Tensor, units: int, sigma: str) -> ModuleType:
     Raises:
         InputError: the backend that was chosen by name does not serve them.
     """
-    name = _current()
+    name = chosen()
     if name != "auto":
         reason = _refusal(name, operator, x, units, sigma)
         if reason:
@@ -99,10 +99,11 @@ def choose(operator: str, x: Tensor, units: int, sigma: str) -> ModuleType:
                 "such as mirror_opt.use_backend('auto')"
             )
         return BACKENDS[name]
+    device = x.device.type
     return next(
         module
         for name, module in BACKENDS.items()
-        if (module.DEVICES is None or x.device.type in module.DEVICES)
+        if (module.DEVICES is None or device in module.DEVICES)
         and not _refusal(name, operator, x, units, sigma)
     )
 
@@ -114,7 +115,8 @@ def _refusal(name: str, operator: str, x: Tensor, units: int, sigma: str) -> str
     return module.unavailable() or module.refusal(operator, x, units, sigma)
 
 
-def _current() -> str:
+def chosen() -> str:
+    """The name that was chosen, ``"auto"`` if none was."""
     if _chosen is not None:
         return _chosen
     name = os.environ.get("MIRROR_OPT_BACKEND") or "auto"

@@ -10,6 +10,7 @@ from mirror_opt.backends.library import load
 
 __all__ = [
     "DEVICES",
+    "attempt",
     "backward",
     "describe",
     "exceeds",
@@ -18,15 +19,17 @@ __all__ = [
     "refusal",
     "step",
     "step_",
+    "table",
     "unavailable",
 ]
 
 DEVICES = ("cpu",)
 
 _MAX_UNITS = 64  # kMaxUnits
-_STORED = ("step_", "exceeds")  # operators that compute in float32 what is stored in less
 _CHANGED = (0, 6, 8)  # of the lists of step_: parameters, momentum, dual state
-_HALF = (torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float64)
+# Operators that compute in float32 what is stored in less.
+_STORED = dict.fromkeys(("step_", "exceeds"), (*_DTYPES, torch.float16, torch.bfloat16))
 
 
 def unavailable() -> str | None:
@@ -41,9 +44,9 @@ def describe() -> str:
 
 def refusal(operator: str, x: Tensor, units: int, sigma: str) -> str | None:
     """Why these operands are not served; None if they are."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"it runs on the CPU and got a tensor on {x.device}"
-    dtypes = (torch.float32, torch.float64, *(_HALF if operator in _STORED else ()))
+    dtypes = _STORED.get(operator, _DTYPES)
     if x.dtype not in dtypes:
         return f"it takes {', '.join(map(str, dtypes))} and got {x.dtype}"
     if sigma != "algebraic":
@@ -110,6 +113,50 @@ def step_(
     write_back([lists[i] for i in _CHANGED], [rows[i] for i in _CHANGED])
     if worst:
         status.clamp_(min=worst)
+
+
+def table(
+    gains: Sequence[Tensor], ws: Sequence[Tensor], ss: Sequence[Tensor], cs: Sequence[Tensor]
+) -> Tensor:
+    """Where the coefficients of a list of parameters are: one tensor, for ``attempt``.
+
+    It holds addresses: who keeps it keeps the tensors, which are contiguous. A row for each
+    parameter, so that ``table[slots]`` is that of some of them.
+    """
+    rows = [
+        (*(x.data_ptr() for x in (gain, w, s, c)), *w.shape, gain.numel(), gain.itemsize)
+        for gain, w, s, c in zip(gains, ws, ss, cs, strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def attempt(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    duals: Sequence[Tensor],
+    dual_inits: Sequence[Tensor],
+    table: Tensor,
+    lr: float,
+    scale: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    primal: bool,
+    bound: float,
+) -> int | None:
+    """``step_`` where it is sure to succeed, looked at and taken in one call.
+
+    Returns:
+        The status; None where the step was not taken and nothing has changed: a tensor is not
+        contiguous, has an unexpected dtype or size, or holds a magnitude above the bound, or NaN.
+    """
+    status = torch.ops.mirror_opt_cpu.attempt.default(
+        params, grads, buffers, anchors, duals, dual_inits, table, lr, momentum,
+        1 - lr * weight_decay, scale, nesterov, primal, bound,
+    )  # fmt: skip
+    return None if status < 0 else status
 
 
 def exceeds(xs: Sequence[Tensor], bound: float) -> Tensor:

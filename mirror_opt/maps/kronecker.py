@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mirror_opt.errors import InputError
 from mirror_opt.maps.base import Profile, Tensors, _Batch, register
 from mirror_opt.maps.modes import fused_mode, mode_product, mode_sizes
-from mirror_opt.maps.separable import NeuralMap, NeuralUnits, Separable, learned_dtype
+from mirror_opt.maps.separable import NeuralMap, NeuralUnits, Separable, alike, learned_dtype
 from mirror_opt.newton import implicit_convex
 from mirror_opt.ops.kronecker import rotation_is_fused, separable_rotated
 from mirror_opt.reference import Units, psi_slope
@@ -184,12 +184,9 @@ class KroneckerNeural(NeuralMap):
         self.terms, self.eps = terms, float(eps)
         self.elementwise = terms == 1 and eps == 0  # then F = M^T S M has an elementwise solve
         self.inverse_is_batchable = self.inverse_is_closed or self.elementwise
-        alike: dict[Any, list[int]] = {}
-        for i, p in enumerate(params):
-            alike.setdefault((p.shape, p.dtype, p.device), []).append(i)
         self.groups = nn.ModuleList(
             _Group(indices, params[indices[0]], terms, self.eps, units, rho, sigma, seed)
-            for indices in alike.values()
+            for indices in alike(params)
         )
 
     groups: Any  # a ModuleList of _Group

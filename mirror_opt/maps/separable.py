@@ -1,6 +1,6 @@
 """SeparableNeural: a learned increasing function of each coordinate."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -11,12 +11,20 @@ from mirror_opt.maps.base import OwningMap, Profile, Tensors, register
 from mirror_opt.ops import separable_forward, separable_inverse
 from mirror_opt.reference import SIGMAS, Units, psi, psi_integral, psi_slope_bounds
 
-__all__ = ["NeuralMap", "NeuralUnits", "Separable", "SeparableNeural", "learned_dtype"]
+__all__ = ["NeuralMap", "NeuralUnits", "Separable", "SeparableNeural", "alike", "learned_dtype"]
 
 
 def learned_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of a map's own parameters: half-precision tensors get float32 maps."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def alike(params: Sequence[Tensor]) -> list[list[int]]:
+    """The indices of the tensors, those of equal shape, dtype and device together."""
+    groups: dict[Any, list[int]] = {}
+    for i, p in enumerate(params):
+        groups.setdefault((p.shape, p.dtype, p.device), []).append(i)
+    return list(groups.values())
 
 
 class Separable(NamedTuple):
@@ -257,23 +265,47 @@ class SeparableNeural(NeuralMap):
         if share not in ("channel", "tensor"):
             raise InputError(f"Invalid {share=}: pass 'channel' or 'tensor'")
         leading = 1 if share == "channel" else 0
-        self.tensors = nn.ModuleList(
-            NeuralUnits(p, min(leading, p.dim()), units, rho, sigma) for p in params
+        # Parameters for tensors of equal shape are kept together, (G, *shape): fewer and larger
+        # ones, which cost less to compute with and to look at.
+        self.indices = alike(params)
+        self.groups = nn.ModuleList(
+            NeuralUnits(
+                params[group[0]].new_empty(()).expand(len(group), *self.shapes[group[0]]),
+                1 + min(leading, len(self.shapes[group[0]])),
+                units,
+                rho,
+                sigma,
+                terms=1,
+            )
+            for group in self.indices
         )
 
-    tensors: Any  # a ModuleList of NeuralUnits
+    groups: Any  # a ModuleList of NeuralUnits
 
     def coefficients(self) -> list[Separable]:
-        return [tensor() for tensor in self.tensors]
+        found: list[Any] = [None] * len(self.shapes)
+        for group, units in zip(self.indices, self.groups, strict=True):
+            gain, (w, s, c), sigma = units()
+            columns = zip(gain, *(x.unbind(1) for x in (w, s, c)), strict=True)
+            for i, (own, *coefficients) in zip(group, columns, strict=True):
+                found[i] = Separable(own, Units(*coefficients), sigma)
+        return found
+
+    def _members(self) -> Iterator[tuple[int, NeuralUnits, slice]]:
+        """Each tensor's index, the group that it is in, and where."""
+        for group, units in zip(self.indices, self.groups, strict=True):
+            for member, i in enumerate(group):
+                yield i, units, slice(member, member + 1)
 
     def calibrate(self, displacements: Sequence[Tensors]) -> None:
-        for i, tensor in enumerate(self.tensors):
-            samples = [d[i] for d in displacements if d[i] is not None]
+        for i, units, member in self._members():
+            samples = [x.unsqueeze(0) for d in displacements if (x := d[i]) is not None]
             if samples:
-                tensor.calibrate(samples)
+                units.calibrate(samples, member)
 
     def profiles(self) -> list[Profile]:
-        return [p for i, tensor in enumerate(self.tensors) for p in tensor.profile(i)]
+        found = [p for i, units, member in self._members() for p in units.profile(i, member)]
+        return sorted(found, key=lambda profile: profile.tensor)
 
     def _closed(self, u: Tensor, coefficient: Separable) -> Tensor:
         return coefficient.value(u)

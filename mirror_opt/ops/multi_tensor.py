@@ -11,7 +11,7 @@ from mirror_opt import backends
 from mirror_opt.errors import InputError
 from mirror_opt.reference import Units
 
-__all__ = ["exceeds", "separable_step_", "step_lists"]
+__all__ = ["exceeds", "is_observed", "separable_step_", "step_lists"]
 
 
 @torch.library.custom_op(
@@ -37,7 +37,7 @@ def _(*args) -> None:
     pass
 
 
-def _observed(tensors: Sequence[Tensor]) -> bool:
+def is_observed(tensors: Sequence[Tensor]) -> bool:
     """Whether somebody has to see the operator, and not only its result.
 
     Calling an operator that Python implements through the dispatcher costs as much as the step of a
@@ -61,7 +61,7 @@ def step_lists(
     """``separable_step_`` of lists that are known to fit each other."""
     args = (params, grads, lr, gains, ws, ss, cs, buffers, anchors, duals, dual_inits, grad_scale,
             found_inf, status, *options)  # fmt: skip
-    if _observed(params):
+    if is_observed(params):
         _step_(*args)
     elif params:
         module = backends.choose("step_", params[0], len(ws[0]), options[-1])
@@ -88,7 +88,7 @@ def exceeds(xs: Sequence[Tensor], bound: float) -> Tensor:
         xs: one or more floating tensors.
         bound: less than 1e38.
     """
-    if _observed(xs):
+    if is_observed(xs):
         return _exceeds(xs, bound)
     return backends.choose("exceeds", xs[0], 0, "algebraic").exceeds(xs, bound)
 

@@ -18,19 +18,19 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from mirror_opt import backends
-from mirror_opt.backends import plain
+from mirror_opt.backends import cpp, plain
 from mirror_opt.errors import InputError
 from mirror_opt.maps import Euclidean, MirrorMap, SeparableNeural
 from mirror_opt.maps.separable import NeuralUnits, Separable
 from mirror_opt.newton import Status
 from mirror_opt.ops import exceeds
-from mirror_opt.ops.multi_tensor import step_lists
+from mirror_opt.ops.multi_tensor import is_observed, step_lists
 from mirror_opt.optim.options import Group
 from mirror_opt.optim.plan import Lists
-from mirror_opt.optim.sharded import local, on_shards
+from mirror_opt.optim.sharded import is_sharded, local, on_shards
 from mirror_opt.optim.update import Tensors, as_scalar
 
-__all__ = ["FusedStep", "fused_step", "may_fuse", "may_fuse_scaled"]
+__all__ = ["FusedStep", "attempt", "fused_step", "may_fuse", "may_fuse_scaled"]
 
 # |x| <= _BOUND, 1 / _SCALE <= gain <= _SCALE and lr <= _SCALE keep every result below 1e36.
 _BOUND, _SCALE = 1e15, 1e9
@@ -45,6 +45,7 @@ class _Coefficients:
     gains: list[Tensor]
     units: tuple[list[Tensor], list[Tensor], list[Tensor]]  # w, s and c
     moderate: bool  # within the bounds
+    table: Tensor | None  # of the C++ library, for ``attempt``; None where it does not serve them
 
     def of(self, slots: list[int]) -> list[list[Tensor]]:
         """Gains, w, s and c of the parameters that have a gradient."""
@@ -52,7 +53,6 @@ class _Coefficients:
         if len(slots) == len(self.gains):
             return lists
         return [[xs[slot] for slot in slots] for xs in lists]
-
 
 @dataclass(frozen=True)
 class FusedStep:
@@ -148,6 +148,37 @@ class EuclideanStep(FusedStep):
         return None if self.on_accelerator else Status.CONVERGED
 
 
+def attempt(lists: Lists, grad_scale: Tensor | None) -> Status | None:
+    """Takes the step of a ``SeparableNeural`` on the CPU where it cannot fail, in a single call.
+
+    For a small network the calls from Python cost more than the arithmetic. So this asks for
+    little, leaves it to the library to see whether all is as usual, and where it is not, returns
+    None: nothing has changed then, and ``fused_step`` says why or what else there is.
+    """
+    group, slots, params, grads, buffers, anchors, dual_inits, duals = lists
+    mirror_map = group["mirror_map"]
+    if not (type(mirror_map) is SeparableNeural and may_fuse(group)) or is_observed(params):
+        return None
+    if grad_scale is not None and not grad_scale >= 1:
+        return None  # gradients larger than what the library looks at
+    if backends.chosen() not in ("auto", "cpp"):
+        return None
+    table, lr = _coefficients(mirror_map, group["params"]).table, float(group["lr"])
+    if table is None or lr * max(1.0, group["weight_decay"]) > _SCALE:
+        return None
+    status = cpp.attempt(
+        params, grads, buffers, anchors, duals, dual_inits,
+        table if len(slots) == len(table) else table[slots], lr,
+        (-1.0 if group["maximize"] else 1.0) / (1.0 if grad_scale is None else float(grad_scale)),
+        group["momentum"], group["weight_decay"], group["nesterov"],
+        mirror_map.parametrization == "primal", _BOUND,
+    )  # fmt: skip
+    if status is None:
+        return None
+    torch.autograd.graph.increment_version((*params, *buffers, *duals))
+    return Status(status)
+
+
 def may_fuse(group: Group) -> bool:
     """Whether the options of the group leave room for fused steps."""
     if group["rounding"] == "stochastic":
@@ -207,11 +238,13 @@ def _separable_refusal(lists: Lists, dtypes: set[torch.dtype]) -> str | None:
     if not isinstance(mirror_map, SeparableNeural):
         name = type(mirror_map).__name__
         return f"there is a fused step for SeparableNeural and Euclidean, not for {name}"
+    if [p.shape for p in lists.group["params"]] != mirror_map.shapes:
+        return "parameters have changed their shape"
     if torch.float64 in dtypes and len(dtypes) > 1:
         return "float64 and other parameters or gradients are in one group"
     if torch.compiler.is_compiling():
         return None  # the operator chooses its backend when it runs
-    units = cast(NeuralUnits, mirror_map.tensors[0])
+    units = cast(NeuralUnits, mirror_map.groups[0])
     if backends.choose("step_", param, len(units.p), units.sigma) is plain:
         return f"no fast backend serves {param.dtype} on {param.device}, {units.sigma}"
     return None
@@ -226,11 +259,11 @@ def _coefficients(mirror_map: SeparableNeural, params: Tensors) -> _Coefficients
     if torch.compiler.is_compiling():
         return _compute(mirror_map, params, [], [])
     sources: list[Tensor] = []
-    for tensor in mirror_map.tensors._modules.values():
-        sources += tensor._parameters.values()
-        sources += tensor._buffers.values()
+    for units in mirror_map.groups._modules.values():
+        sources += units._parameters.values()
+        sources += units._buffers.values()
     versions = [list(map(_version, sources)), list(map(Tensor.data_ptr, sources))]
-    versions.append([local(p).shape for p in params])
+    versions.append([local(p).shape for p in params if is_sharded(p)])
     cached = _cache.get(mirror_map)
     # The tensors themselves are compared too: another may come to lie where one was.
     if (
@@ -250,10 +283,21 @@ def _compute(
     every = cast(list[Separable], on_shards(mirror_map, params).coefficients())
     for (gain, coefficients, _), p in zip(every, params, strict=True):
         gains.append(gain.expand(local(p).shape).contiguous())
-        units.append([x.reshape(len(x), math.prod(x.shape[1:])) for x in coefficients])
+        units.append([x.reshape(len(x), math.prod(x.shape[1:])).contiguous() for x in coefficients])
     moderate = torch.compiler.is_compiling() or (
         not exceeds([*gains, *(1 / g for g in gains)], _SCALE)
         and not exceeds([x for u in units for x in u], _BOUND)
     )
     w, s, c = map(list, zip(*units, strict=True))
-    return _Coefficients(sources, versions, gains, (w, s, c), moderate)
+    return _Coefficients(
+        sources, versions, gains, (w, s, c), moderate,
+        _table(gains, (w, s, c), every[0].sigma) if moderate else None,
+    )  # fmt: skip
+
+
+def _table(gains: Tensors, units: tuple[Tensors, Tensors, Tensors], sigma: str) -> Tensor | None:
+    if torch.compiler.is_compiling() or cpp.unavailable():
+        return None
+    if cpp.refusal("step", gains[0], len(units[0][0]), sigma):
+        return None
+    return cpp.table(gains, *units)

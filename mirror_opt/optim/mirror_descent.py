@@ -13,7 +13,7 @@ from mirror_opt.errors import InputError
 from mirror_opt.maps import Euclidean, MirrorMap
 from mirror_opt.newton import NewtonError, Status
 from mirror_opt.optim.checkpoint import adopt, hide_state, pack_maps
-from mirror_opt.optim.fused import FusedStep, fused_step, may_fuse, may_fuse_scaled
+from mirror_opt.optim.fused import FusedStep, attempt, fused_step, may_fuse, may_fuse_scaled
 from mirror_opt.optim.options import (
     RUN_OPTIONS,
     Group,
@@ -25,7 +25,15 @@ from mirror_opt.optim.options import (
     state_dtype,
 )
 from mirror_opt.optim.plan import Lists, Plan, attempt_each, failure
-from mirror_opt.optim.sharded import agreed, from_shard, gradient, local, meshes, on_shards
+from mirror_opt.optim.sharded import (
+    agreed,
+    from_shard,
+    gradient,
+    is_sharded,
+    local,
+    meshes,
+    on_shards,
+)
 from mirror_opt.optim.update import Tensors, Update, all_finite, mirror_descent, through, widened
 
 __all__ = ["MirrorDescent"]
@@ -200,6 +208,11 @@ class MirrorDescent(Optimizer):
         # A solve that fails in one process must not keep it from meeting the others: go on.
         failures: list[NewtonError] = []
         lists = [x for x in attempt_each(self._collect, self.param_groups, failures) if x.params]
+        alone = len(lists) == 1 and stop is None and not (failures or shared)
+        if alone and not self.defaults["differentiable"]:
+            status = attempt(lists[0], grad_scale)
+            if status is not None:
+                return self._check(status)
         fused, found_inf = self._fused_steps(lists, policy, shared, grad_scale)
         unfused = [x for x, step in zip(lists, fused, strict=True) if step is None]
         plans = attempt_each(
@@ -226,9 +239,12 @@ class MirrorDescent(Optimizer):
             stop = (~keep).float()
             found_inf = stop if found_inf is None else torch.maximum(found_inf, stop.to(found_inf))
         for step in filter(None, fused):
-            status = step.take(found_inf, grad_scale)
-            if status not in (None, Status.CONVERGED):
-                raise NewtonError(status)
+            self._check(step.take(found_inf, grad_scale))
+
+    @staticmethod
+    def _check(status: Status | None) -> None:
+        if status not in (None, Status.CONVERGED):
+            raise NewtonError(status)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -302,8 +318,12 @@ class MirrorDescent(Optimizer):
                     "dense (sparse=False in an embedding), or give it to torch.optim.SparseAdam"
                 )
             slots.append(slot)
-            params.append(local(p))
-            grads.append(local(gradient(p)))
+            if is_sharded(p):
+                params.append(local(p))
+                grads.append(local(gradient(p)))
+            else:
+                params.append(p)
+                grads.append(grad)
             if stateless:
                 continue
             state, dtype = self.state[p], state_dtype(p, group)

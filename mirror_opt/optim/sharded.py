@@ -34,9 +34,12 @@ __all__ = [
 ]
 
 
+_PLAIN = frozenset((Tensor, nn.Parameter))
+
+
 def is_sharded(x: Any) -> bool:
     """Whether x is a DTensor."""
-    if type(x) in (Tensor, nn.Parameter) or not torch.distributed.is_available():
+    if type(x) in _PLAIN or not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor  # half a second, for those who need it
 
