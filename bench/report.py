@@ -11,7 +11,14 @@ import argparse
 import re
 import sys
 
-from reports import cost, fewshot, stability, training, validity  # noqa: F401  # they register
+from reports import (  # noqa: F401  # they register
+    cost,
+    fewshot,
+    stability,
+    step_cpu,
+    training,
+    validity,
+)
 from reports.frame import PARTS, PICTURES, ROOT
 
 MARK = re.compile(r"(<!-- rows: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--units", type=names, default=["4", "8", "16"], help="K")
     parser.add_argument("--models", type=names, default=LISTS, help=", ".join(MODELS))
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dry-run", action="store_true", help="writes no rows")
     options = parser.parse_args()
     options.units = [int(x) for x in options.units]
