@@ -116,10 +116,10 @@ SETTINGS = {
         3000,
         {
             "SGD": (partial(sgd, **PLAIN), powers(-3, -1)),
-            "AdamW": (adamw, powers(-5, -2)),
+            "AdamW": (adamw, powers(-5, -1)),
             "Hypentropy(1e-4)": (partial(mirror, maps.Hypentropy(1e-4), **PLAIN), powers(-3, 0)),
             "PNorm(1.1)": (partial(mirror, maps.PNorm(1.1), **PLAIN), powers(-3, 0)),
-            "SeparableNeural, by hand": (partial(thresholding, 0.1), powers(-3, -1)),
+            "SeparableNeural, by hand": (partial(thresholding, 0.1), powers(-3, 0)),
         },
     ),
     "experts": Setting(
@@ -134,7 +134,7 @@ SETTINGS = {
     "logistic": Setting(
         problems.logistic,
         "held-out loss",
-        1000,
+        500,
         {
             "SGD": (sgd, powers(-2, 0)),
             "AdamW": (adamw, powers(-4, -1)),
@@ -150,12 +150,12 @@ SETTINGS = {
         "held-out loss, nats a byte",
         500,
         {
-            "SGD": (sgd, powers(-2, -1)),
+            "SGD": (sgd, powers(-2, 0)),
             "AdamW": (adamw, powers(-4, -2)),
             "Hypentropy(0.1)": (partial(mirror, maps.Hypentropy(0.1)), powers(-1, 0)),
-            "PNorm(1.5)": (partial(mirror, maps.PNorm(1.5)), powers(-2, -1)),
-            "PNorm(3)": (partial(mirror, maps.PNorm(3.0)), powers(-4, -2)),
-            "SeparableNeural, by hand": (partial(thresholding, 0.01), powers(-2, -1)),
+            "PNorm(1.5)": (partial(mirror, maps.PNorm(1.5)), powers(-2, 0)),
+            "PNorm(3)": (partial(mirror, maps.PNorm(3.0)), powers(-4, -1)),
+            "SeparableNeural, by hand": (partial(thresholding, 0.01), powers(-2, 0)),
             "SeparableNeural, learned": (partial(learned, 0.1), powers(-2, -1)),
         },
     ),
