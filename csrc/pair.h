@@ -45,6 +45,9 @@ template <class R> MIRROR_FN Pair<R> operator-(Pair<R> x) { return {-x.a, -x.b};
 template <class R> MIRROR_FN Pair<R> operator!(Pair<R> x) { return {!x.a, !x.b}; }
 template <class R> MIRROR_FN Pair<R>& operator+=(Pair<R>& x, Pair<R> y) { return x = x + y; }
 template <class R> MIRROR_FN Pair<R> rsqrt(Pair<R> x) { return {rsqrt(x.a), rsqrt(x.b)}; }
+template <class R> MIRROR_FN Pair<R> rough_rsqrt(Pair<R> x) {
+  return {rough_rsqrt(x.a), rough_rsqrt(x.b)};
+}
 template <class R> MIRROR_FN Pair<R> reciprocal(Pair<R> x) {
   return {reciprocal(x.a), reciprocal(x.b)};
 }

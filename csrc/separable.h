@@ -3,9 +3,10 @@
 //   psi(u) = u + sum_k w_k [sigma(s_k (u - c_k)) - sigma(-s_k c_k)],   sigma(t) = t / sqrt(1 + t^2)
 //
 // mirror_opt/reference.py is the definition. A value `V` is a number or a register of numbers; where
-// they differ, the file that includes this one has defined rsqrt, reciprocal, abs, select, any, and
-// product, which rounds before anything is added. Coefficients `U` are numbers where a row of values
-// shares them, else registers. No result depends on which other values a register holds.
+// they differ, the file that includes this one has defined rsqrt, rough_rsqrt, reciprocal, abs,
+// select, any, and product, which rounds before anything is added. Coefficients `U` are numbers where
+// a row of values shares them, else registers. No result depends on which other values a register
+// holds.
 #pragma once
 
 #include "pair.h"
@@ -253,7 +254,7 @@ template <class V, class Units> MIRROR_FN Derivatives<V> derivatives(V u, const 
   for (int k = 0; k < units.count; ++k) {
     const auto& unit = units[k];
     const V t = unit.s * u + unit.b;
-    const V r = rsqrt(1 + t * t), square = r * r, cube = r * square, fifth = cube * square;
+    const V r = rough_rsqrt(1 + t * t), square = r * r, cube = r * square, fifth = cube * square;
     first += unit.ws * cube;
     second += unit.wss * (t * fifth);
     third += unit.wsss * (fifth * (4 - 5 * square));

@@ -183,6 +183,17 @@ MIRROR_FN Vec<float> rsqrt(Vec<float> d) {
 #endif
 }
 
+// To within 4 units in the last place, where that saves an operation: enough for a slope that is
+// multiplied by a small step.
+MIRROR_FN Vec<float> rough_rsqrt(Vec<float> d) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  Vec<float> r = (Vec<float>)_mm256_rsqrt_ps((__m256)d);
+  return r * (1.5f - (0.5f * d) * (r * r));
+#else
+  return rsqrt(d);
+#endif
+}
+
 MIRROR_FN Vec<double> rsqrt(Vec<double> d) {
   Vec<double> r;
   for (int i = 0; i < kLanes<double>; ++i) r[i] = __builtin_sqrt(d[i]);

@@ -26,6 +26,7 @@ MIRROR_FN float rsqrt(float d) {
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
   return r;
 }
+MIRROR_FN float rough_rsqrt(float d) { return rsqrt(d); }
 MIRROR_FN float reciprocal(float x) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));

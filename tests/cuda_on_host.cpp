@@ -43,6 +43,7 @@ void atomicMax(int* at, int value) {
 }
 
 float rsqrt(float d) { return 1 / std::sqrt(d); }
+float rough_rsqrt(float d) { return rsqrt(d); }
 float reciprocal(float x) { return 1 / x; }
 float abs(float x) { return std::fabs(x); }
 float product(float x, float y) {
