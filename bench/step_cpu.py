@@ -46,7 +46,7 @@ SLOW = {"torch": 3, "formula": 5}  # rounds, and none of them in a list of more 
 EAGER_LIMITS = {"torch": 5 * 10**6, "formula": 5 * 10**7}
 # Seconds: what is faster runs several times in a round. Less than a slice of the scheduler, so that
 # on a shared core most samples are of the step alone.
-SAMPLE = 2e-4
+SAMPLE = 1e-3
 
 
 @torch.no_grad()
