@@ -15,8 +15,8 @@ LR = 1e-2
 NEWTON_STEPS = 2
 TOLERANCE = 2e-6
 # Compiling takes longer than all else together: lists of more tensors than this are compiled a
-# tensor at a time.
-COMPILED_TENSORS = 64
+# tensor at a time, once for all shapes.
+COMPILED_TENSORS = 32
 
 Shapes = list[tuple[int, ...]]
 
@@ -152,11 +152,11 @@ def optimizer_step(problem: Problem, kind: type, **options: Any) -> Callable[[],
 
 def compiled(problem: Problem) -> Callable[[], None]:
     torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = 64  # a list has that many shapes at most
-    run = torch.compile(formula, dynamic=False)
     lists = problem.params, problem.grads, problem.units
     if len(problem.params) <= COMPILED_TENSORS:
-        return partial(run, *lists)
+        return partial(torch.compile(formula, dynamic=False), *lists)
+    torch._dynamo.config.recompile_limit = 64  # where a size is 1, it is a graph of its own
+    run = torch.compile(formula, dynamic=True)
     single = [([p], [g], [u]) for p, g, u in zip(*lists, strict=True)]
 
     def step() -> None:

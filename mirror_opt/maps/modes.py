@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -31,7 +30,7 @@ def mode_product(x: Tensor, factors: Sequence[Tensor | None], transpose: bool = 
     """
     if transpose:
         factors = [f if f is None else f.mT for f in factors]
-    if len(factors) == 3 and all(f is not None for f in factors) and x.shape[-2] > 1:
+    if len(factors) == 3 and factors[1] is not None and x.shape[-2] > 1:
         return _cyclic_product(x, factors)
     for mode, factor in enumerate(factors):
         if factor is None:
@@ -51,16 +50,18 @@ def mode_product(x: Tensor, factors: Sequence[Tensor | None], transpose: bool = 
     return x
 
 
-def _cyclic_product(x: Tensor, factors: Sequence[Any]) -> Tensor:
+def _cyclic_product(x: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
     """``mode_product`` of three modes.
 
     Its product along the middle mode is batched over the first, for which torch.matmul would copy
     the factor. Here each product moves its mode behind the others: one matrix product of what is
-    there, transposed in place, and after three all are where they were.
+    there, transposed in place, and after three all are where they were. A mode that has no factor
+    is moved by a view, for which another copies x once: torch.matmul would copy more.
     """
     for factor in factors:
         behind = x.shape[-2:]
-        x = (x.flatten(-2).mT @ factor.mT).unflatten(-2, behind)
+        columns = x.flatten(-2).mT
+        x = (columns if factor is None else columns @ factor.mT).unflatten(-2, behind)
     return x
 
 
