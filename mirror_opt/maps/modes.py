@@ -55,8 +55,8 @@ def _cyclic_product(x: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
 
     Its product along the middle mode is batched over the first, for which torch.matmul would copy
     the factor. Here each product moves its mode behind the others: one matrix product of what is
-    there, transposed in place, and after three all are where they were. A mode that has no factor
-    is moved by a view, for which another copies x once: torch.matmul would copy more.
+    there, transposed in place, and after three all are where they were. Without a factor a mode is
+    moved by a view, for which another product copies x once: torch.matmul would copy more.
     """
     for factor in factors:
         behind = x.shape[-2:]
