@@ -140,7 +140,7 @@ SETTINGS = {
             "AdamW": (adamw, powers(-4, -1)),
             "Hypentropy(0.01)": (partial(mirror, maps.Hypentropy(0.01)), powers(-1, 1)),
             "PNorm(1.5)": (partial(mirror, maps.PNorm(1.5)), powers(-2, 0)),
-            "PNorm(3)": (partial(mirror, maps.PNorm(3.0)), powers(-4, -2)),
+            "PNorm(3)": (partial(mirror, maps.PNorm(3.0)), powers(-4, -1)),
             "SeparableNeural, by hand": (partial(thresholding, 0.1), powers(-2, 0)),
             "SeparableNeural, learned": (partial(learned, 0.3), powers(-2, 0)),
         },
