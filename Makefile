@@ -24,7 +24,9 @@ install: $(BIN)/.installed
 
 lint: install
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	# As the oldest Python that is served, and as a newer one than is likely to be here.
+	$(BIN)/mypy --python-version 3.10
+	$(BIN)/mypy --python-version 3.13
 
 test: lint
 	# One thread for each process: the tensors are small, and the results the same everywhere.

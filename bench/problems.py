@@ -114,7 +114,8 @@ def _documents() -> tuple[Tensor, Tensor]:
                 tokens = re.findall(r"\w+|[^\w\s]", " ".join(lines[i : i + 5]))
                 grams = [*tokens, *(a + " " + b for a, b in itertools.pairwise(tokens))]
                 hashed = [
-                    int.from_bytes(hashlib.md5(t.encode()).digest()[:4]) % (_FEATURES - 1) + 1
+                    int.from_bytes(hashlib.md5(t.encode()).digest()[:4], "big") % (_FEATURES - 1)
+                    + 1
                     for t in grams[:_TOKENS]
                 ]
                 rows.append(hashed + [0] * (_TOKENS - len(hashed)))  # 0: nothing
