@@ -24,7 +24,7 @@ install: $(BIN)/.installed
 
 lint: install
 	$(BIN)/ruff check .
-	# For the oldest and the newest Python that the package is for; their caches are apart.
+	# As the oldest Python that is served, and as a newer one than is likely to be here.
 	$(BIN)/mypy --python-version 3.10
 	$(BIN)/mypy --python-version 3.13
 

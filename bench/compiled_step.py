@@ -23,15 +23,6 @@ from mirror_opt.runs.results import versions
 WIDTH, BATCH = 640, 64
 
 
-def sgd(params, lr: torch.Tensor):
-    # Of its kernels on a GPU the fused one alone reads a learning rate that stays there.
-    return torch.optim.SGD(params, lr, momentum=0.9, fused=lr.is_cuda or None)
-
-
-def adamw(params, lr: torch.Tensor):
-    return torch.optim.AdamW(params, lr, fused=lr.is_cuda or None, capturable=lr.is_cuda)
-
-
 def mirror(make_map):
     def make(params, lr):
         params = list(params)
@@ -41,8 +32,8 @@ def mirror(make_map):
 
 
 OPTIMIZERS = {
-    "SGD": sgd,
-    "AdamW": adamw,
+    "SGD": lambda params, lr: torch.optim.SGD(params, lr, momentum=0.9),
+    "AdamW": lambda params, lr: torch.optim.AdamW(params, lr),
     "MirrorDescent, Euclidean": mirror(lambda params: maps.Euclidean()),
     "MirrorDescent, Hypentropy": mirror(lambda params: maps.Hypentropy(0.1)),
     "MirrorDescent, PNorm": mirror(lambda params: maps.PNorm(1.5)),
@@ -53,28 +44,21 @@ OPTIMIZERS = {
 
 
 class Contender:
-    """One optimizer on a model of its own, eager or compiled: by ``inductor``, say."""
+    """One optimizer on a model of its own, eager or compiled."""
 
-    def __init__(self, make, compiler: str | None, device: str = "cpu", width: int = WIDTH):
+    def __init__(self, make, compiled: bool):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        layers = [nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU()]
-        self.model = nn.Sequential(*layers, nn.Linear(width, width // 2)).to(device)
-        self.lr = torch.tensor(1e-3, device=device)
+        layers = [nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU()]
+        self.model = nn.Sequential(*layers, nn.Linear(WIDTH, WIDTH // 2))
+        self.lr = torch.tensor(1e-3)
         self.optimizer = make(self.model.parameters(), self.lr)
-        self.x = torch.randn(BATCH, width, device=device)
-        self.y = torch.randn(BATCH, width // 2, device=device)
-        self.train, self.step = self._train, self._step
-        if compiler is not None:
-            self.train = torch.compile(self._train, backend=compiler)
-            self.step = torch.compile(self._step, backend=compiler)
+        self.x, self.y = torch.randn(BATCH, WIDTH), torch.randn(BATCH, WIDTH // 2)
+        self.train = torch.compile(self._train) if compiled else self._train
+        self.step = torch.compile(self._step) if compiled else self._step
         for _ in range(3):
             self.timed(self.train)
             self.timed(self.step)
-
-    @property
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
 
     def _train(self) -> None:
         self.optimizer.zero_grad()
@@ -99,7 +83,7 @@ def main() -> None:
     rows = []
     for name, make in OPTIMIZERS.items():
         for compiled in (False, True):
-            contender = Contender(make, "inductor" if compiled else None)
+            contender = Contender(make, compiled)
             for what in ("train", "step"):
                 taken = [contender.timed(getattr(contender, what)) for _ in range(repeats)]
                 cuts = statistics.quantiles(taken, n=5)
@@ -110,7 +94,7 @@ def main() -> None:
                     "seconds": statistics.median(taken),
                     "p20": cuts[0],
                     "p80": cuts[3],
-                    "parameters": contender.parameters,
+                    "parameters": sum(p.numel() for p in contender.model.parameters()),
                     "repeats": repeats,
                     "threads": 1,
                     "revision": revision(),

@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -194,14 +194,15 @@ def problems(options: argparse.Namespace, device: str) -> Iterator[tuple[Problem
             yield make_problem(model, shapes, True, units, device), units
 
 
-def parsed(parser: argparse.ArgumentParser, models: list[str]) -> argparse.Namespace:
-    """The options, with those that the benchmarks on a GPU share."""
+def parsed(parser: argparse.ArgumentParser, models: Sequence[str] = ()) -> argparse.Namespace:
+    """The options, with those that the benchmarks on a GPU share; ``--models`` where there are."""
     names = lambda text: [x for x in text.split(",") if x]  # noqa: E731
-    parser.add_argument("--models", type=names, default=models, help=", ".join(MODELS))
+    if models:
+        parser.add_argument("--models", type=names, default=models, help=", ".join(MODELS))
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--dry-run", action="store_true", help="tiny, interpreted, no rows")
     options = parser.parse_args()
-    unknown = set(options.models) - set(MODELS)
+    unknown = set(options.models if models else ()) - set(MODELS)
     if unknown:
         parser.error(f"unknown models {', '.join(unknown)}: pass some of {', '.join(MODELS)}")
     if not options.dry_run and not torch.cuda.is_available():

@@ -1,53 +1,114 @@
-"""A whole train step on a GPU, eager, compiled and as a CUDA graph: MirrorDescent, SGD, AdamW.
+"""A whole train step on a GPU, eager, compiled and as a CUDA graph, of several optimizers.
 
     python bench/train_step_gpu.py               # needs a CUDA device
     python bench/train_step_gpu.py --dry-run     # tiny, on the CPU, without graphs; no rows
 
-The steps and the perceptron are those of ``compiled_step.py``: forward, backward and step, and the
-step alone. A graph reads the learning rate from the device, where a scheduler may change it. All in
-one process, medians over repeats, by events on the device.
+Forward, backward and step of a perceptron of three layers: torch's SGD and AdamW, fused, and
+MirrorDescent over several maps, side by side in one process. The learning rate is a tensor on the
+device and changes before every step. Before the ways of an optimizer are timed, their parameters
+after a few steps are held against those of the eager one.
 Rows in $OUT/train_step_gpu.json, or bench/results/train_step_gpu.json.
 """
 
 import argparse
 import statistics
+from collections.abc import Callable
 from functools import partial
 
-from compiled_step import OPTIMIZERS, WIDTH, Contender
+from step_gpu import Timer, parsed, provenance  # first: it tells Triton where to run
+
+# isort: split
+import torch
+from compiled_step import BATCH, WIDTH
+from compiled_step import OPTIMIZERS as ON_CPU
 from results import add_rows
-from step_gpu import Timer, parsed, provenance
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 NAME = "train_step_gpu"
+STEPS, TOLERANCE = 5, 1e-3
+
+
+def sgd(params, lr: Tensor):
+    # Fused: the other ways read a rate that is a tensor back.
+    return torch.optim.SGD(params, lr, momentum=0.9, fused=True)
+
+
+def adamw(params, lr: Tensor):
+    return torch.optim.AdamW(params, lr, fused=True, capturable=lr.is_cuda)
+
+
+OPTIMIZERS = {**ON_CPU, "SGD": sgd, "AdamW": adamw}
+
+
+class Contender:
+    """One optimizer on a model of its own; ``train`` is its step, after a few of them."""
+
+    def __init__(self, make: Callable, way: str, timer: Timer, width: int, device: str):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        layers = [nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU()]
+        self.model = nn.Sequential(*layers, nn.Linear(width, width // 2)).to(device)
+        self.lr = torch.tensor(1e-3, device=device)
+        self.optimizer = make(self.model.parameters(), self.lr)
+        self.x = torch.randn(BATCH, width).to(device)
+        self.y = torch.randn(BATCH, width // 2).to(device)
+        self.train: Callable = self._train
+        if way == "compiled":
+            self.train = torch.compile(self._train, backend="inductor" if timer.cuda else "eager")
+        done = 0
+        if way == "graph":
+            self._train()  # which creates the state
+            self.train = timer.graph(self._train)  # after a step of its own
+            done = 2
+        for _ in range(STEPS - done):
+            self.train()
+
+    def _train(self) -> None:
+        self.optimizer.zero_grad()
+        F.mse_loss(self.model(self.x), self.y).backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def difference(self, other: "Contender") -> float:
+        """The largest difference of the parameters over the largest entry."""
+        pairs = list(zip(self.model.parameters(), other.model.parameters(), strict=True))
+        return max(float((p - q).abs().max() / q.abs().max()) for p, q in pairs)
 
 
 def main() -> None:
-    options = parsed(argparse.ArgumentParser(description=__doc__.splitlines()[0]), [])
-    device, width, compiler = "cuda:0", WIDTH, "inductor"
-    if options.dry_run:
-        device, width, compiler = "cpu", 8, "aot_eager"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options = parsed(parser)
+    device = "cpu" if options.dry_run else "cuda:0"
     timer = Timer(device, options.repeats)
     about = {} if options.dry_run else provenance(device)
+    ways = ("eager", "compiled", "graph") if timer.cuda else ("eager", "compiled")
     for name, make in OPTIMIZERS.items():
-        rows = []
-        for way in ("eager", "compiled", *["graph"] * timer.cuda):
-            contender = Contender(make, compiler if way == "compiled" else None, device, width)
-            for what in ("train", "step"):
-                call = getattr(contender, what)
-                seconds = timer(timer.graph(call) if way == "graph" else call, partial(int))
-                cuts = statistics.quantiles(seconds, n=5)
-                row = {
-                    "name": name,
-                    "what": what,
-                    "way": way,
-                    "parameters": contender.parameters,
-                    "seconds": statistics.median(seconds),
-                    "p20": cuts[0],
-                    "p80": cuts[3],
-                    "repeats": len(seconds),
-                }
-                rows.append(row | about)
-                took = "ran" if options.dry_run else f"{row['seconds'] * 1e6:12.1f} us"
-                print(f"{name:32} {what:6} {way:9}", took, flush=True)
+        rows, eager = [], None
+        for way in ways:
+            contender = Contender(make, way, timer, 8 if options.dry_run else WIDTH, device)
+            eager = eager or contender
+            difference = contender.difference(eager)
+            if not difference <= TOLERANCE:
+                raise RuntimeError(f"{name}, {way}: the difference is {difference:.1e}")
+            line = f"{name:31} {way:8} difference {difference:.0e}"
+            if options.dry_run:  # the time of a tiny model says nothing
+                print(line, "ran", flush=True)
+                continue
+            seconds = timer(contender.train, partial(contender.lr.mul_, 0.999))
+            cuts = statistics.quantiles(seconds, n=5)
+            row = {
+                "name": name,
+                "way": way,
+                "seconds": statistics.median(seconds),
+                "p20": cuts[0],
+                "p80": cuts[3],
+                "parameters": sum(p.numel() for p in contender.model.parameters()),
+                "difference": difference,
+                "repeats": len(seconds),
+            }
+            rows.append(row | about)
+            print(line, f"{1e6 * row['seconds']:10.1f} us", flush=True)
         if not options.dry_run:
             add_rows(NAME, rows)
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from triton_cases import DEVICES, DTYPES, make_units, rounding
 
-from mirror_opt import reference
+from mirror_opt import MirrorDescent, maps, reference, use_backend
 from mirror_opt.backends import plain
 from mirror_opt.errors import InputError
 from mirror_opt.newton import Status
@@ -294,6 +294,23 @@ def test_lists_that_do_not_fit_are_refused(device):
     refused("Invalid param .*float64", lambda t: t.params.__setitem__(2, t.params[2].double()))
     refused("Invalid dual of", lambda t: t.duals.__setitem__(0, t.duals[0].half()), dual=True)
     refused("pass buffers", lambda t: setattr(t, "buffers", None), momentum=0.9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_optimizer_steps_where_the_backend_is_asked_for_by_name(device, dtype):
+    results = []
+    for backend, fused in (("triton", True), ("torch", False)):
+        generator = torch.Generator().manual_seed(0)
+        normal = lambda: torch.randn(4, 3, generator=generator)  # noqa: B023, E731
+        p = torch.nn.Parameter(normal().to(device, dtype))
+        with use_backend(backend):
+            separable = maps.SeparableNeural([p])
+            optimizer = MirrorDescent([p], 0.1, separable, momentum=0.9, fused=fused)
+            for _ in range(2):
+                p.grad = normal().to(device, dtype)
+                optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.gpu

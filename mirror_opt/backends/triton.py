@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from mirror_opt.backends.layout import Rows, contiguous
+from mirror_opt.backends.plain import exceeds
 
 __all__ = [
     "DEVICES",
     "backward",
     "describe",
+    "exceeds",
     "forward",
     "inverse",
     "refusal",
@@ -46,6 +48,8 @@ def refusal(operator: str, x: Tensor, units: int, sigma: str) -> str | None:
     """Why these operands are not served; None if they are."""
     if x.device.type != "cuda" and not _interpreted():
         return f"it runs on CUDA devices and got a tensor on {x.device}"
+    if operator == "exceeds":
+        return None
     dtypes = (torch.float32, *((torch.float16, torch.bfloat16) if operator == "step_" else ()))
     if x.dtype not in dtypes:
         return f"it takes {', '.join(map(str, dtypes))} and got {x.dtype}"

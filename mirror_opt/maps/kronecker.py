@@ -62,11 +62,16 @@ class _Terms(NamedTuple):
     factors: tuple[Tensor, ...]  # (G, R, n, n) for each mode
     separable: Separable  # of all (G, R); its gain holds the weight (1 - eps) / R
 
-    def of(self, members: Any) -> "_Terms":
+    def of(self, members: Sequence[int]) -> "_Terms":
         """Those of some of the tensors."""
+
+        # Views and a stack: an index would have to be copied to an accelerator, which waits for it.
+        def some(x: Tensor, dim: int = 0) -> Tensor:
+            return torch.stack([x.select(dim, m) for m in members], dim)
+
         gain, units, sigma = self.separable
-        separable = Separable(gain[members], Units(*(x[:, members] for x in units)), sigma)
-        return _Terms(tuple(f[members] for f in self.factors), separable)
+        separable = Separable(some(gain), Units(*(some(x, 1) for x in units)), sigma)
+        return _Terms(tuple(map(some, self.factors)), separable)
 
 
 class _Group(nn.Module):
@@ -324,8 +329,7 @@ class KroneckerNeural(NeuralMap):
                 t,
             )
 
-        members = [slice(m, m + 1) for m in range(len(t))]
-        return torch.cat([solve(t[m], terms.of(m)) for m in members])
+        return torch.cat([solve(t[m : m + 1], terms.of([m])) for m in range(len(t))])
 
     def _bounds(self, coefficient: _Terms) -> tuple[Tensor, Tensor]:
         gain, units, sigma = coefficient.separable

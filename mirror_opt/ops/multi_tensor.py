@@ -187,7 +187,8 @@ def separable_step_(
     if status is None:
         status = torch.zeros((), dtype=torch.int32, device=device)
     if not isinstance(lr, Tensor):
-        lr = torch.tensor(lr, dtype=torch.float64)  # on the CPU: read there, wherever params are
+        # Read there, wherever the parameters and whatever the default device are.
+        lr = torch.tensor(lr, dtype=torch.float64, device="cpu")
     ws, ss, cs = ([u[k] for u in units] for k in range(3))
     step_lists(
         params, grads, lr, gains, ws, ss, cs, buffers, anchors, duals, dual_inits,

@@ -105,7 +105,7 @@ class SeparableStep(FusedStep):
         gains, w, s, c = self.coefficients.of(slots)
         lr = group["lr"]
         if not isinstance(lr, Tensor):
-            lr = torch.tensor(lr, dtype=torch.float64)
+            lr = torch.tensor(lr, dtype=torch.float64, device="cpu")  # whatever the default
         status = torch.zeros((), dtype=torch.int32, device=params[0].device)
         step_lists(
             params, grads, lr, gains, w, s, c, buffers, anchors, duals,

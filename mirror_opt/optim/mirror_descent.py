@@ -81,6 +81,11 @@ class MirrorDescent(Optimizer):
     synchronise, it is skipped, or with ``"propagate"`` taken, by our operator except for the
     elements that fail.
 
+    **CUDA graphs.** A step can be captured after one that was not, which creates the state, with
+    ``nonfinite="skip"`` or ``"propagate"``, where nothing is solved outside a kernel. What is to
+    change between replays is a tensor on the device, ``lr`` too. For ``maps.SeparableNeural`` the
+    graph holds the coefficients of the map: capture again when the map has changed.
+
     **Sharded.** DTensor parameters (FSDP2, tensor parallelism) step on their local shards, with
     DTensor state; a map gathers what it couples across a cut (``MirrorMap.coupled``). A step that
     fails in one process fails in all, except with ``"propagate"``, which does not ask.
@@ -185,7 +190,8 @@ class MirrorDescent(Optimizer):
             The loss that ``closure`` returned, or None.
 
         Raises:
-            InputError: a gradient is sparse, or ``differentiable`` meets a leaf tensor.
+            InputError: a gradient is sparse, ``differentiable`` meets a leaf tensor, or the first
+                step is captured in a CUDA graph.
             FloatingPointError, NewtonError: a result is not finite; see ``nonfinite``.
         """
         loss = None
@@ -327,6 +333,8 @@ class MirrorDescent(Optimizer):
             if stateless:
                 continue
             state, dtype = self.state[p], state_dtype(p, group)
+            if not state:
+                _check_not_captured(p)
             if group["momentum"] != 0:
                 # Zeros make mu 0 + g = g of the first step, as SGD's special case does.
                 if "momentum_buffer" not in state:
@@ -348,6 +356,7 @@ class MirrorDescent(Optimizer):
         missing = [i for i, p in enumerate(whole) if "dual" not in self.state[p]]
         if not missing:
             return
+        _check_not_captured(whole[missing[0]])
         xs = widened([params[i] for i in missing], copy=True)
         if anchors:
             xs = [x - anchors[i] for x, i in zip(xs, missing, strict=True)]
@@ -467,3 +476,12 @@ class MirrorDescent(Optimizer):
         if loading:
             adopt(self.param_groups, state["param_groups"], state["state"])
         super().__setstate__(state)
+
+
+def _check_not_captured(p: Tensor) -> None:
+    """Raises InputError where the state of p is created within a CUDA graph."""
+    if p.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise InputError(
+            "a CUDA graph is being captured and would create the state anew at every replay: take "
+            "a step before"
+        )
