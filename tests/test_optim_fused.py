@@ -232,6 +232,16 @@ def test_a_step_that_is_not_as_usual_is_not_taken_in_one_call(change):
     assert attempted(change) is None
 
 
+def test_parameters_elsewhere_are_not_read():
+    params, optimizer = next(pair())
+    descend(optimizer, params, 1)
+    lists = optimizer._collect(optimizer.param_groups[0])
+    elsewhere = lists._replace(params=[lists.params[0], lists.params[1].to("meta")])
+    with torch.no_grad():
+        assert fused.attempt(elsewhere, None) is None
+        assert fused.attempt(lists, None) == 0
+
+
 def test_a_backend_that_was_chosen_takes_its_steps_itself():
     params, optimizer = next(pair())
     descend(optimizer, params, 1)

@@ -79,7 +79,7 @@ def test_a_fused_step_on_an_accelerator_takes_a_rate_at_most_from_the_host(polic
     optimizer, params = without_data("separable", {}, nonfinite=policy)
     gains = [torch.empty_like(p) for p in params]
     columns = [torch.empty(4, len(p), device="meta") for p in params]
-    cached = fused._Coefficients([], [], gains, (columns, columns, columns), True)
+    cached = fused._Coefficients([], [], gains, (columns, columns, columns), True, None)
     monkeypatch.setattr(fused, "_coefficients", lambda *args: cached)
     monkeypatch.setattr(backends, "choose", lambda *args: None)  # a kernel, which does not run
     for p in params[:-1]:

@@ -159,10 +159,10 @@ def attempt(lists: Lists, grad_scale: Tensor | None) -> Status | None:
     mirror_map = group["mirror_map"]
     if not (type(mirror_map) is SeparableNeural and may_fuse(group)) or is_observed(params):
         return None
+    if not all(p.is_cpu for p in params) or backends.chosen() not in ("auto", "cpp"):
+        return None
     if grad_scale is not None and not grad_scale >= 1:
         return None  # gradients larger than what the library looks at
-    if backends.chosen() not in ("auto", "cpp"):
-        return None
     table, lr = _coefficients(mirror_map, group["params"]).table, float(group["lr"])
     if table is None or lr * max(1.0, group["weight_decay"]) > _SCALE:
         return None
