@@ -38,13 +38,14 @@ def study_table(study: str) -> str:
             continue
         cells = []
         for step in steps:
-            mean, spread, _ = over_seeds([r for r in mine if r["adapt_steps"] == step])
+            mean, spread, count = over_seeds([r for r in mine if r["adapt_steps"] == step])
             if mean is None:
                 cells.append("diverged")
-            elif percent:
-                cells.append(f"{100 * mean:.1f} ± {100 * spread:.1f}")
             else:
-                cells.append(f"{mean:.3g} ± {spread:.1g}")
+                cell = f"{100 * mean:.1f}" if percent else f"{mean:.3g}"
+                if count > 1:
+                    cell += f" ± {100 * spread:.1f}" if percent else f" ± {spread:.1g}"
+                cells.append(cell)
         seeds = len({r["seed"] for r in mine})
         rates = f"{mine[0]['init_lr']:g}" + (f", {mine[0]['map_lr']:g}" * (variant != "maml"))
         body.append([variant, rates, *cells, str(seeds)])
