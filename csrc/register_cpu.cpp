@@ -161,8 +161,9 @@ Stored stored(const Tensors& list, size_t i) {
   return {list[i].mutable_data_ptr(), storage(list[i])};
 }
 
-// The columns of a table of maps, a row for each parameter: what their coefficients are, where, and
-// of how many elements of how many bytes. It is made once (mirror_opt/backends/cpp.py), and costs a step one tensor.
+// The columns of a table of maps, a row for each parameter: where its coefficients are, how many, and
+// of how many elements of how many bytes. The table is made once (mirror_opt/backends/cpp.py), and
+// costs a step one tensor.
 enum Field { kGain, kW, kS, kC, kUnits, kColumns, kElements, kWidth, kFields };
 
 template <class T> const T* address(int64_t x) { return reinterpret_cast<const T*>(x); }

@@ -54,6 +54,7 @@ class _Coefficients:
             return lists
         return [[xs[slot] for slot in slots] for xs in lists]
 
+
 @dataclass(frozen=True)
 class FusedStep:
     """A group's step, not yet taken."""
