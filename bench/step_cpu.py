@@ -14,8 +14,8 @@ then Newton's method.
     torch.compile     the same formula, compiled
     SGD, AdamW        torch's own, foreach and fused
 
-Before it is timed, each of the first five is held against float64. Lists of networks are compiled
-for one K only, and plain PyTorch runs few rounds, and none on the largest problems: both take long.
+Before it is timed, each of the first five is held against float64. Plain PyTorch runs few rounds,
+and none on the largest problem: it takes long.
 Rows in bench/results/step_cpu.json.
 """
 
@@ -41,9 +41,8 @@ from mirror_opt.runs.results import versions
 NAME = "step_cpu"
 SIZES = ["1e4", "1e5", "1e6", "4e6", "1e7"]
 LISTS = ["conv4-32", "resnet12", "gpt2-small"]
-COMPILED_UNITS = 8  # of lists
-SLOW = {"torch": 3, "formula": 5}  # rounds, and none of them in a list of more elements than
-EAGER_LIMITS = {"torch": 5 * 10**6, "formula": 5 * 10**7}
+SLOW = {"torch": 3, "formula": 5}  # rounds, and none of them of more elements than
+EAGER_LIMIT = 5 * 10**7
 # Seconds: what is faster runs several times in a round. Less than a slice of the scheduler, so that
 # on a shared core most samples are of the step alone.
 SAMPLE = 1e-3
@@ -80,10 +79,10 @@ def contenders(problem: Problem, units: int) -> dict[str, Callable[[], Any]]:
         "cpp": partial(operator, problem, "cpp"),
         "MirrorDescent": mirror_descent(problem, units),
     }
-    eager = {"torch": partial(operator, problem, "torch"), "formula": partial(formula, *lists)}
-    steps |= {name: f for name, f in eager.items() if problem.elements <= EAGER_LIMITS[name]}
-    if len(problem.params) == 1 or units == COMPILED_UNITS:
-        steps["torch.compile"] = compiled(problem)
+    if problem.elements <= EAGER_LIMIT:
+        steps["torch"] = partial(operator, problem, "torch")
+        steps["formula"] = partial(formula, *lists)
+    steps["torch.compile"] = compiled(problem)
     for kind, how in itertools.product((torch.optim.SGD, torch.optim.AdamW), ("foreach", "fused")):
         steps[f"{kind.__name__}, {how}"] = optimizer_step(problem, kind, **{how: True})
     return steps

@@ -43,8 +43,8 @@ from mirror_opt.runs.results import versions
 NAME = "step_gpu"
 # Larger problems than this have no room for the temporaries of the eager formula.
 EAGER_LIMIT = 10**7
-# Compiling takes longer than all else together: it is done for these K.
-COMPILED_UNITS = (8,)
+# Compiling takes longer than all else together: lists are compiled for this K only.
+COMPILED_UNITS = 8
 
 
 def our_step(problem: Problem, backend: str, gain: bool) -> Tensor:
@@ -86,7 +86,7 @@ def contenders(
         yield f"{backend}, gain", partial(our_step, problem, backend, True), True
     if problem.elements <= EAGER_LIMIT:
         yield "torch", partial(formula, problem.params, problem.grads, problem.units), False
-    if options.compile and units in COMPILED_UNITS:
+    if options.compile and (len(problem.params) == 1 or units == COMPILED_UNITS):
         yield "torch.compile", compiled(problem), True
     for kind in (torch.optim.SGD, torch.optim.AdamW):
         for how in ("foreach", "fused"):

@@ -14,9 +14,9 @@ from mirror_opt.reference import Units
 LR = 1e-2
 NEWTON_STEPS = 2
 TOLERANCE = 2e-6
-# Compiling takes longer than all else together: lists of more tensors than this are compiled a
-# tensor at a time, once for all shapes.
-COMPILED_TENSORS = 32
+# Compiling a list as a whole takes minutes: one of more tensors than this is compiled a tensor at a
+# time, once for each shape.
+COMPILED_TENSORS = 64
 
 Shapes = list[tuple[int, ...]]
 
@@ -155,8 +155,8 @@ def compiled(problem: Problem) -> Callable[[], None]:
     lists = problem.params, problem.grads, problem.units
     if len(problem.params) <= COMPILED_TENSORS:
         return partial(torch.compile(formula, dynamic=False), *lists)
-    torch._dynamo.config.recompile_limit = 64  # where a size is 1, it is a graph of its own
-    run = torch.compile(formula, dynamic=True)
+    torch._dynamo.config.recompile_limit = 64
+    run = torch.compile(formula, dynamic=False)
     single = [([p], [g], [u]) for p, g, u in zip(*lists, strict=True)]
 
     def step() -> None:

@@ -168,10 +168,17 @@ enum Field { kGain, kW, kS, kC, kUnits, kColumns, kElements, kWidth, kFields };
 
 template <class T> const T* address(int64_t x) { return reinterpret_cast<const T*>(x); }
 
+// The map of one parameter, in which every column has a row of its own.
+template <class T>
+Map<T> map_of(const T* gain, const T* w, const T* s, const T* c, int64_t units, int64_t columns,
+              int64_t elements) {
+  const int64_t n = columns ? elements / columns : 0;
+  return {gain, w, s, c, columns, n, columns, columns, static_cast<int>(units)};
+}
+
 template <class T> Map<T> map_of(const int64_t* row) {
-  const int64_t columns = row[kColumns], n = columns ? row[kElements] / columns : 0;
-  return {address<T>(row[kGain]), address<T>(row[kW]), address<T>(row[kS]), address<T>(row[kC]),
-          columns, n, columns, columns, static_cast<int>(row[kUnits])};
+  return map_of(address<T>(row[kGain]), address<T>(row[kW]), address<T>(row[kS]),
+                address<T>(row[kC]), row[kUnits], row[kColumns], row[kElements]);
 }
 
 // What a step reads and writes beside the coefficients. Empty lists stand for what there is not.
@@ -236,10 +243,9 @@ int64_t step_(Tensors params, Tensors grads, Tensors gains, Tensors w, Tensors s
     using T = decltype(type);
     std::vector<Map<T>> maps;
     for (size_t i = 0; i < params.size(); ++i) {
-      const int64_t columns = w[i].size(1), n = columns ? params[i].numel() / columns : 0;
       const T* gain = gains.empty() ? nullptr : data<T>(gains[i]);
-      maps.push_back({gain, data<T>(w[i]), data<T>(s[i]), data<T>(c[i]), columns, n, columns, columns,
-                      static_cast<int>(w[i].size(0))});
+      maps.push_back(map_of<T>(gain, data<T>(w[i]), data<T>(s[i]), data<T>(c[i]), w[i].size(0),
+                               w[i].size(1), params[i].numel()));
     }
     const Lists lists{params, grads, buffers, anchors, duals, dual_inits};
     return take<T>(entries_of<T>(lists, maps),

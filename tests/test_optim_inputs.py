@@ -1,144 +1,29 @@
-"""torch's own optimizer test inputs, driven at MirrorDescent with several maps.
-
-``torch.testing`` describes an optimizer by an ``OptimizerInfo``; PyTorch's generic optimizer tests
-run over those. They are not in the wheel, so what they check is written here over the same inputs.
-"""
+"""The checks of torch's own generic optimizer tests, for MirrorDescent with several maps."""
 
 import copy
-import functools
 import io
 import itertools
-import weakref
 
 import pytest
 import torch
-from optim_cases import learned, quadratic, same, snapshot
+from optim_cases import quadratic, same, snapshot
+from optim_infos import (
+    INFOS,
+    close,
+    counting,
+    every,
+    give,
+    over_maps,
+    run,
+    start,
+)
 from torch.optim import lr_scheduler
 from torch.optim import optimizer as base
 from torch.testing._internal.common_optimizers import (
-    ErrorOptimizerInput,
     OptimizerErrorEnum,
-    OptimizerInfo,
-    OptimizerInput,
-    _get_optim_inputs_including_global_cliquey_kwargs,
-    get_error_inputs_for_all_optims,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mirror_opt import MirrorDescent, backends
-
-
-def construct(name, map_options, params, **kwargs):
-    """MirrorDescent over the map of this name, off its identity start, one for each group."""
-    params = list(params)
-    if params and isinstance(params[0], dict):
-        groups = [{**group, "params": _as_list(group["params"])} for group in params]
-        for group in groups:
-            group["mirror_map"] = learned(name, tensors(group["params"]), map_options)
-        return MirrorDescent(groups, **kwargs)
-    return MirrorDescent(params, mirror_map=learned(name, tensors(params), map_options), **kwargs)
-
-
-def _as_list(params):
-    return [params] if isinstance(params, torch.Tensor) else list(params)
-
-
-def tensors(params):
-    return [p[1] if isinstance(p, tuple) else p for p in params]
-
-
-def inputs(device, dtype=None):
-    options = {
-        "default": {},
-        "non-default lr": {"lr": 0.01},
-        "tensor lr": {"lr": torch.tensor(0.01)},
-        "weight decay": {"lr": 0.01, "weight_decay": 0.5},
-        "momentum": {"lr": 0.01, "momentum": 0.9},
-        "maximize": {"lr": 0.01, "weight_decay": 0.1, "maximize": True},
-        "nesterov": {"lr": 0.01, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
-        "dual state": {"lr": 0.01, "momentum": 0.5, "dual_state": True},
-    }
-    return [OptimizerInput(params=None, kwargs=v, desc=k) for k, v in options.items()]
-
-
-def error_inputs(device, dtype):
-    # The base class warns of repeated parameters before a map is chosen.
-    common = [
-        e for e in get_error_inputs_for_all_optims(device, dtype) if e.error_type is not UserWarning
-    ]
-    own = {
-        r"Invalid momentum=-0.5: pass a number in \[0, 1\)": {"momentum": -0.5},
-        r"Invalid lr=-0.1: pass a number in \[0, inf\)": {"lr": -0.1},
-        "is torch.complex64: pass float16.*view_as_complex": {
-            "params": [torch.ones(2, 2, dtype=torch.complex64)]
-        },
-    }
-    for regex, kwargs in own.items():
-        params = kwargs.pop("params", None)
-        given = OptimizerInput(params=params, kwargs=kwargs, desc=regex)
-        common.append(ErrorOptimizerInput(given, error_type=ValueError, error_regex=regex))
-    return common
-
-
-def info(name, **map_options):
-    separable = name == "separable" and backends.cpp.unavailable() is None
-    return OptimizerInfo(
-        functools.partial(construct, name, map_options),
-        optim_inputs_func=inputs,
-        optim_error_inputs_func=error_inputs,
-        supported_impls=("foreach", "differentiable", *["fused"] * separable),
-        supports_fused_on=("cpu",) if separable else (),
-        not_og_supported_flags=("foreach", "fused", "maximize", "nesterov", "dual_state", "anchor",
-                                "rounding"),
-        supports_complex=False,
-    )
-
-
-INFOS = {
-    "euclidean": info("euclidean"),
-    "pnorm": info("pnorm", p=1.5),
-    "hypentropy": info("hypentropy", beta=0.1),
-    "negative-entropy": info("negative-entropy"),
-    "diagonal": info("diagonal"),
-    "separable": info("separable"),
-    "separable-primal": info("separable", parametrization="primal"),
-    "kronecker": info("kronecker"),
-}
-over_maps = pytest.mark.parametrize("name", INFOS)
-
-
-def every(name, *skip):
-    """The optimizer's class and all inputs, with each of the flags that exclude each other."""
-    i = INFOS[name]
-    return i.optim_cls, _get_optim_inputs_including_global_cliquey_kwargs("cpu", None, i, skip)
-
-
-def start(seed=0, dtype=torch.float32, shapes=((4, 3), (3,))):
-    """Parameters inside the domain of every map."""
-    generator = torch.Generator().manual_seed(seed)
-    draws = [torch.rand(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    return [d.softmax(-1).to(dtype).requires_grad_() for d in draws]
-
-
-def give(params, seed):
-    generator = torch.Generator().manual_seed(seed)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-
-
-def run(optimizer, params, steps=3, first=0):
-    for k in range(first, first + steps):
-        give(params, k)
-        optimizer.step()
-
-
-def close(xs, ys, factor=16):
-    for x, y in zip(xs, ys, strict=True):
-        assert x.dtype == y.dtype
-        eps = factor * torch.finfo(x.dtype).eps
-        torch.testing.assert_close(x, y, rtol=eps, atol=eps)
-
 
 # Construction.
 
@@ -440,6 +325,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
 def test_state_dicts_resume_and_do_not_depend_on_names(name):
     cls, cases = every(name, "differentiable")
     for case, named, named_later in itertools.product(cases, (False, True), (False, True)):
+
         def with_names(params, names):
             return list(zip("ab", params, strict=True)) if names else params
 
@@ -503,106 +389,3 @@ def test_flags_changed_later_take_effect():
         run(optimizer, params, 1)
     fused = backends.cpp.unavailable() is None
     assert counted() == ["separable_step_"] * fused
-
-
-# What a step costs.
-
-
-class Operators(TorchDispatchMode):
-    """Names the operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.name().partition("::")[2])
-        return function(*args, **(kwargs or {}))
-
-
-class counting(Operators):  # noqa: N801
-    """The operators of these prefixes that run inside."""
-
-    def __init__(self, *prefixes):
-        super().__init__()
-        self.prefixes = prefixes
-
-    def __enter__(self):
-        super().__enter__()
-        return lambda: [name for name in self.names if name.startswith(self.prefixes)]
-
-
-@over_maps
-def test_a_step_that_skips_reads_nothing_back(name):
-    # What capturable means for torch's own: no value comes to the host, so an accelerator is never
-    # waited for. There is no step count, hence no flag. On the CPU a tensor lr and the question
-    # whether a fused step can be taken are read, since it costs nothing there.
-    cls, cases = every(name, "differentiable", "fused")
-    for case in cases:
-        params = start()
-        kwargs = {**case.kwargs, "lr": 0.1, "nonfinite": "skip", "fused": False}
-        optimizer = cls(params, **kwargs)
-        run(optimizer, params, 1)  # the first step creates the state
-        with counting("_local_scalar_dense", "nonzero", "equal", "is_nonzero") as counted:
-            run(optimizer, params, 1)
-        mirror_map = optimizer.param_groups[0]["mirror_map"]
-        decays = case.kwargs.get("weight_decay", 0) > 0
-        if mirror_map.inverse_is_closed and (mirror_map.forward_is_closed or not decays):
-            assert counted() == []
-        else:
-            assert "_local_scalar_dense" in counted()  # a solve asks whether it has converged
-
-
-class Memory(TorchDispatchMode):
-    """The largest number of bytes held at once by storages that were made inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = storages((args, kwargs))
-        result = function(*args, **(kwargs or {}))
-        for key, storage in storages(result).items():
-            if key not in self.seen and key not in given:
-                self._hold(key, storage)
-        return result
-
-    def _hold(self, key, storage):
-        self.seen.add(key)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._release, key, storage.nbytes())
-
-    def _release(self, key, size):
-        self.now -= size
-        self.seen.remove(key)
-
-
-def storages(tree):
-    found = [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-    return {s._cdata: s for s in found}
-
-
-@pytest.mark.parametrize("flag", ["forloop", "foreach", "fused"])
-def test_peak_memory_is_that_of_the_arithmetic(flag):
-    # A step changes all or nothing, so the unfused ones hold the new values of all parameters, and
-    # beside them the momentum or what one operation makes. The fused one holds neither.
-    size = 1 << 12
-    parameter_bytes = 8 * size * 4
-    name = "separable" if flag == "fused" else "euclidean"
-    if flag == "fused" and not INFOS[name].supports_fused_on:
-        pytest.skip("the CPU library is not built")
-    peaks = {}
-    for momentum in (0, 0.9):
-        params = [torch.ones(size, requires_grad=True) for _ in range(8)]
-        flags = {"foreach": flag == "foreach", "fused": flag == "fused"}
-        optimizer = INFOS[name].optim_cls(params, lr=0.1, momentum=momentum, **flags)
-        run(optimizer, params, 1)
-        with Memory() as memory:
-            optimizer.step()
-        peaks[momentum] = memory.peak / parameter_bytes
-    expected = {"forloop": (1, 2), "foreach": (1, 2), "fused": (0, 0)}[flag]
-    for peak, multiple in zip(peaks.values(), expected, strict=True):
-        assert multiple <= peak <= multiple + 0.15  # a tensor in flight, and scalars

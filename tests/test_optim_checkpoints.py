@@ -1,0 +1,210 @@
+"""MirrorDescent saved, loaded and copied: it goes on as if it had not stopped."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from optim_cases import CASES, IDS, descend, learned, parameter, same, snapshot, start
+from torch.distributed.checkpoint import state_dict as distributed
+
+from mirror_opt import maps
+from mirror_opt.errors import InputError
+from mirror_opt.optim import MirrorDescent
+
+
+def through_a_file(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+def test_saved_and_resumed_is_uninterrupted(name, options, dtype):
+    # bfloat16 rounds rows off the simplex by more than float32 does, within what the map accepts.
+    settings = {"lr": 0.05, "momentum": 0.9, "dual_state": dtype == torch.bfloat16 or None}
+    params = start(name, options, dtype)
+    mirror_map = learned(name, params, options)
+    optimizer = MirrorDescent(params, mirror_map=mirror_map, **settings)
+    descend(optimizer, params, 3)
+    saved = through_a_file(optimizer.state_dict())
+    values = [p.detach().clone() for p in params]
+    descend(optimizer, params, 3)
+
+    others = [v.clone().requires_grad_() for v in values]
+    resumed = MirrorDescent(others, lr=1.0, mirror_map=learned(name, others, options, seed=5))
+    resumed.load_state_dict(saved)
+    assert isinstance(resumed.param_groups[0]["mirror_map"], maps.MirrorMap)
+    before = copy.deepcopy(saved["state"])
+    descend(resumed, others, 3)
+    assert same(snapshot(resumed), snapshot(optimizer))
+    if settings["dual_state"]:
+        assert all(t.dtype == torch.float32 for s in resumed.state.values() for t in s.values())
+    # Steps write in place, but not into the checkpoint.
+    for p, state in before.items():
+        assert same(list(state.values()), list(saved["state"][p].values()))
+
+
+def test_state_dict_holds_plain_values_only():
+    params = start("kronecker", {})
+    optimizer = MirrorDescent(params, mirror_map=maps.KroneckerNeural(params), momentum=0.9)
+    descend(optimizer, params, 1)
+
+    def walk(value):
+        if isinstance(value, dict):
+            for key, item in value.items():
+                assert isinstance(key, str | int)
+                walk(item)
+        elif isinstance(value, list):
+            for item in value:
+                walk(item)
+        else:
+            assert value is None or type(value) in (torch.Tensor, int, float, bool, str)
+
+    saved = optimizer.state_dict()
+    walk(saved)
+    packed = saved["param_groups"][0]["mirror_map"]
+    assert packed["name"] == "kronecker"
+    assert packed["state"].keys() == optimizer.param_groups[0]["mirror_map"].state_dict().keys()
+
+
+def trained(mirror_map, *values):
+    p = parameter(*(values or (1.0, 2.0)))
+    optimizer = MirrorDescent(
+        [("w", p)], lr=0.1, mirror_map=mirror_map([p]), momentum=0.9, dual_state=True
+    )
+    descend(optimizer, [p], 2)
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: trained(lambda p: maps.Hypentropy()), "is of mirror map 'hypentropy' and this"),
+        (
+            lambda: trained(lambda p: maps.PNorm(3.0)),
+            r"map 'pnorm' has p 3.0, this group's has 1.5",
+        ),
+        (
+            lambda: trained(lambda p: maps.PNorm(1.5), 1.0),
+            r"dual of parameter 'w' has shape \(1,\)|"
+            r"momentum_buffer of parameter 'w' has",
+        ),
+        (lambda: torch.optim.SGD([parameter(1.0, 2.0)]), "load what MirrorDescent.state_dict"),
+    ],
+)
+def test_checkpoint_of_something_else_is_refused_and_changes_nothing(other, message):
+    optimizer = trained(lambda p: maps.PNorm(1.5))
+    before = snapshot(optimizer)
+    groups = copy.deepcopy(optimizer.state_dict()["param_groups"])
+    with pytest.raises(InputError, match=message) as error:
+        optimizer.load_state_dict(other().state_dict())
+    assert "\n" not in str(error.value)
+    assert same(snapshot(optimizer), before)
+    assert optimizer.state_dict()["param_groups"] == groups
+
+
+def test_checkpoint_of_a_map_with_other_tensors_is_refused():
+    few = trained(lambda p: maps.SeparableNeural(p, units=2))
+    many = trained(lambda p: maps.SeparableNeural(p, units=4))
+    before = {k: v.clone() for k, v in many.param_groups[0]["mirror_map"].state_dict().items()}
+    with pytest.raises(InputError, match=r"of shape \(1, 2\), this group's has \(1, 4\)|of shape"):
+        many.load_state_dict(few.state_dict())
+    after = many.param_groups[0]["mirror_map"].state_dict()
+    assert same(list(before.values()), list(after.values()))
+
+
+@pytest.mark.parametrize("to", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dual_state", [False, True])
+def test_state_loads_into_parameters_of_another_dtype(to, dual_state):
+    p = parameter(1.0, 2.0)
+    options = {"lr": 0.1, "momentum": 0.9, "dual_state": dual_state, "anchor": "init"}
+    optimizer = MirrorDescent([p], **options)
+    descend(optimizer, [p], 2)
+    q = p.detach().to(to).requires_grad_()
+    other = MirrorDescent([q], **options)
+    other.load_state_dict(optimizer.state_dict())
+    expected = torch.promote_types(to, torch.float32) if dual_state else to
+    assert other.state[q].keys() == optimizer.state[p].keys()
+    assert all(t.dtype == expected for t in other.state[q].values())
+    descend(optimizer, [p], 3)
+    descend(other, [q], 3)
+    torch.testing.assert_close(q.detach().float(), p.detach(), rtol=0.02, atol=0.02)
+
+
+def test_checkpoint_from_before_an_option_existed():
+    optimizer = trained(lambda p: maps.Hypentropy())
+    saved = copy.deepcopy(optimizer.state_dict())
+    for name in ("nesterov", "maximize", "dual_state", "anchor", "foreach", "nonfinite"):
+        del saved["param_groups"][0][name]
+    p = parameter(1.0, 2.0)
+    other = MirrorDescent([p], mirror_map=maps.Hypentropy(), nonfinite="skip")
+    other.load_state_dict(saved)
+    group = other.param_groups[0]
+    assert (group["maximize"], group["dual_state"], group["anchor"]) == (False, None, "auto")
+    assert group["nonfinite"] == "skip"
+    descend(other, [p], 1)
+
+
+def test_hooks_of_saving_and_loading_see_what_is_saved_and_loaded():
+    optimizer = trained(lambda p: maps.Hypentropy())
+    seen = []
+    optimizer.register_state_dict_post_hook(
+        lambda o, saved: seen.append(saved["param_groups"][0]["mirror_map"]["name"])
+    )
+
+    def rename(o, saved):
+        seen.append(type(saved["state"][0]["dual"]))
+        groups = [{**g, "lr": 0.25} for g in saved["param_groups"]]
+        return {**saved, "param_groups": groups}
+
+    optimizer.register_load_state_dict_pre_hook(rename)
+    optimizer.register_load_state_dict_post_hook(
+        lambda o: seen.extend(type(t) for t in o.state[o.param_groups[0]["params"][0]].values())
+    )
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == ["hypentropy"] + [torch.Tensor] * 4
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+@pytest.mark.parametrize("name", ["hypentropy", "kronecker"])
+def test_copies_go_on_alike_and_apart(copied, name):
+    params = start(name, {})
+    optimizer = MirrorDescent(
+        params, lr=0.05, mirror_map=learned(name, params, {}), momentum=0.9, dual_state=True
+    )
+    descend(optimizer, params, 2)
+    twin = copied(optimizer)
+    before = snapshot(twin)
+    descend(optimizer, params, 2)
+    assert same(snapshot(twin), before)
+    descend(twin, twin.param_groups[0]["params"], 2)
+    assert same(snapshot(twin), snapshot(optimizer))
+
+
+def test_defaults_changed_later_hold_for_later_groups():
+    optimizer = MirrorDescent([parameter(1.0)], lr=0.1)
+    optimizer.defaults["lr"] = 0.5
+    optimizer.add_param_group({"params": [parameter(1.0)]})
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.5]
+
+
+def test_distributed_checkpoints_know_its_state():
+    params = start("kronecker", {})
+    model = torch.nn.ParameterDict({"w": torch.nn.Parameter(params[0].detach().clone())})
+    optimizer = MirrorDescent(
+        model.parameters(), mirror_map=maps.KroneckerNeural(list(model.parameters())), momentum=0.9
+    )
+    descend(optimizer, [model["w"]], 2)
+    saved = copy.deepcopy(distributed.get_optimizer_state_dict(model, optimizer))
+    assert saved["state"]["w"].keys() == {"momentum_buffer", "anchor", "dual"}
+    before = snapshot(optimizer)
+    descend(optimizer, [model["w"]], 2)
+    with torch.no_grad():
+        model["w"].copy_(before[0])
+    distributed.set_optimizer_state_dict(model, optimizer, saved)
+    assert same(snapshot(optimizer), before)
