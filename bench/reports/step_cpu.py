@@ -13,6 +13,11 @@ NAMES = {
     **{x: x for x in ("SGD, foreach", "SGD, fused", "AdamW, foreach", "AdamW, fused")},
 }
 BIG, CONV4 = "n=4e6", "conv4-32"
+LISTS = {
+    CONV4: ("Conv4, 18 tensors", "1"),
+    "resnet12": ("ResNet-12, 50 tensors", ""),
+    "gpt2-small": ("GPT-2 small, 148 tensors", ""),
+}
 SETTING = ("processor", "library", "threads")
 Rows = dict[tuple[str, int, str], dict]
 
@@ -49,8 +54,8 @@ def claims() -> str:
          (BIG, 8, "torch.compile", "cpp")),
         ("4 million elements, K = 8: times faster than the formula in plain PyTorch", "60",
          (BIG, 8, "formula", "cpp")),
-        ("Conv4, 18 tensors, K = 8: the optimizer, times faster than the compiled formula", "1",
-         (CONV4, 8, "torch.compile", "MirrorDescent")),
+        *((f"{model}, K = 8: the optimizer, times faster than the compiled formula", goal,
+           (case, 8, "torch.compile", "MirrorDescent")) for case, (model, goal) in LISTS.items()),
         *((f"Conv4, 18 tensors, K = {k}: the optimizer, times the time of `SGD(foreach=True)`",
            "at most 3", (CONV4, k, "MirrorDescent", "SGD, foreach")) for k in (4, 8)),
     ]  # fmt: skip
