@@ -56,7 +56,7 @@ def claims() -> str:
          (BIG, 8, "formula", "cpp")),
         *((f"{model}, K = 8: the optimizer, times faster than the compiled formula", goal,
            (case, 8, "torch.compile", "MirrorDescent")) for case, (model, goal) in LISTS.items()),
-        *((f"Conv4, 18 tensors, K = {k}: the optimizer, times the time of `SGD(foreach=True)`",
+        *((f"{LISTS[CONV4][0]}, K = {k}: the optimizer, times the time of `SGD(foreach=True)`",
            "at most 3", (CONV4, k, "MirrorDescent", "SGD, foreach")) for k in (4, 8)),
     ]  # fmt: skip
     body = [[what, goal, *(ratio(rows, *of) for rows in every)] for what, goal, of in asked]
