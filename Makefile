@@ -43,9 +43,10 @@ coverage: install
 docs: install
 	$(BIN)/python -W error -m pdoc --docformat google --math --output-directory build/api $(PAGES)
 
-# A few minutes on two cores; pictures, table and rows in runs/demo/.
+# A few minutes, on one thread: a second gains little here, and where its core is taken the two wait
+# for each other at every operation. Pictures, table and rows in runs/demo/.
 demo: install
-	$(BIN)/mirror-opt compare --task glyphs --methods maml,meta-curvature,mirror \
+	$(BIN)/mirror-opt compare --task glyphs --methods maml,meta-curvature,mirror --threads 1 \
 	    --iterations 150 --test-tasks 200 --queries 5 --adapt-steps 0,1,2,3,5,10 \
 	    --out runs/demo --overwrite
 
