@@ -252,7 +252,7 @@ def _evaluation_options(sub: argparse.ArgumentParser) -> None:
     add("--test-tasks", type=int, help="new tasks to evaluate on")
     add("--guard", help=f"step-size safeguard: {', '.join(GUARDS)} (auto: past the trained steps)")
     add("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--threads", type=int, help="CPU threads (default: torch's); 1 is best where cores are shared")
+    add("--threads", type=int, help="CPU threads (default: torch's); 1 for shared cores")
 
 
 def _run_options(sub: argparse.ArgumentParser, required: bool) -> None:
