@@ -94,6 +94,39 @@ def test_what_is_kept_is_renewed_and_survives_a_checkpoint(tmp_path):
     assert other.state_dict()["state"][0]["step"] == 20
 
 
+def test_a_state_that_soon_fails_again_is_given_up():
+    module, _, recovery = make()
+
+    def sound(count: int) -> None:
+        for _ in range(count):
+            recovery.keep(1.0, 1.0)
+            with torch.no_grad():
+                module.weight.add_(1.0)
+
+    start = module.weight.detach().clone()
+    sound(25)
+    for back in (20, 10, 0, 0):  # the first is never given up
+        with torch.no_grad():
+            module.weight.fill_(math.nan)
+        recovery.restore()
+        torch.testing.assert_close(module.weight.detach(), start + back)
+        sound(5)
+    sound(6)  # eleven since: a later state takes its place
+    recovery.restore()
+    torch.testing.assert_close(module.weight.detach(), start + 10)
+
+
+def test_states_are_kept_ever_farther_apart():
+    *_, recovery = make()
+    for _ in range(3000):
+        recovery.keep(1.0, 1.0)
+    times = [time for time, _ in recovery.state_dict()["kept"]]
+    ages = [3000 - time for time in reversed(times)]
+    assert times[0] == 0 and ages[:2] == [10, 20]
+    assert all(b <= 4 * a for a, b in zip(ages, ages[1:], strict=False))
+    assert len(ages) <= 12
+
+
 def test_a_rate_that_diverges_still_leaves_a_model(tmp_path):
     config = RunConfig.create(
         "sinusoid", "mirror", iterations=60, map_lr=0.3, init_lr=0.01, test_tasks=20, seed=1,

@@ -14,13 +14,14 @@ from mirror_opt.runs.directory import write_bytes
 
 __all__ = ["VERSION", "load", "restore", "save"]
 
-VERSION = 1
+VERSION = 2
 _FORMAT = "mirror_opt.run"
 _FIELDS = {
     "config": dict,
     "iteration": int,
     "learner": dict,
     "optimizer": dict,
+    "recovery": dict,
     "losses": torch.Tensor,
     "seconds": float,
 }
@@ -31,8 +32,8 @@ def save(path: str | os.PathLike, state: dict[str, Any]) -> None:
 
     Args:
         path: the file to write.
-        state: ``config`` (dict), ``iteration`` (int), ``learner`` and ``optimizer`` (state
-            dicts), ``losses`` (float64, ``(iteration,)``), ``seconds`` (float).
+        state: ``config`` (dict), ``iteration`` (int), ``learner``, ``optimizer`` and
+            ``recovery`` (state dicts), ``losses`` (float64, ``(iteration,)``), ``seconds`` (float).
 
     Raises:
         OSError: the file cannot be written, or the disk is full.

@@ -136,7 +136,7 @@ class _Training:
         )
         checkpoint.restore(path, self.learner, state["learner"], "model")
         checkpoint.restore(path, self.optimizer, state["optimizer"], "optimizer")
-        self.recovery.load_state_dict(state["recovery"])
+        checkpoint.restore(path, self.recovery, state["recovery"], "run")
         self.losses, self.seconds = state["losses"].tolist(), state["seconds"]
 
 
