@@ -1,5 +1,6 @@
-"""Training goes back to its last sound state after it has diverged."""
+"""Bad batches are left out, and training goes back to a sound state after it has diverged."""
 
+import itertools
 import math
 
 import pytest
@@ -24,66 +25,145 @@ def step(module: nn.Linear, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
+class Walk:
+    """A module whose weight counts the iterations that were taken."""
+
+    def __init__(self):
+        self.module, _, self.recovery = make()
+        nn.init.zeros_(self.module.weight)
+
+    def take(self, count: int, loss: float = 1.0, norm: float = 1.0) -> list[bool]:
+        taken = []
+        for _ in range(count):
+            taken.append(self.recovery.admit(loss, norm))
+            if taken[-1]:
+                with torch.no_grad():
+                    self.module.weight.add_(1.0)
+        return taken
+
+    def fail(self) -> None:
+        """Bad batches until training goes back."""
+        before = self.recovery.rate
+        for i in range(5):
+            assert not self.recovery.admit(math.nan, 1.0)
+            if self.recovery.rate < before:
+                assert i > 0
+                return
+        pytest.fail("nothing but bad batches, and no return")
+
+    @property
+    def at(self) -> float:
+        return self.module.weight[0, 0].item()
+
+
 @pytest.mark.parametrize(
-    ("loss", "norm", "sound"),
+    ("loss", "norm", "usual"),
     [
         (1.5, 1.0, True),
-        (0.0, 9.0, True),
+        (0.0, 90.0, True),
         (math.nan, 1.0, False),
         (1.5, math.inf, False),
         (1e3, 1.0, False),
-        (1.5, 11.0, False),
+        (1.5, 110.0, False),
     ],
 )
-def test_what_is_sound(loss, norm, sound):
-    *_, recovery = make()
-    assert recovery.sound(1e9, 1.0)  # nothing to compare with yet
-    recovery.keep(1.0, 1.0)
-    assert recovery.sound(loss, norm) is sound
+def test_a_bad_batch_is_left_out_and_nothing_else(loss, norm, usual):
+    walk = Walk()
+    walk.take(15)
+    assert walk.recovery.admit(loss, norm) is usual
+    assert walk.at == 15
+    assert walk.recovery.rate == 1.0
+
+
+def test_rare_bad_batches_never_lead_back():
+    walk = Walk()
+    for _ in range(40):
+        walk.take(4)
+        assert not walk.recovery.admit(math.inf, math.inf)
+    assert walk.at == 160
+    assert walk.recovery.rate == 1.0
 
 
 def test_parameters_and_moments_come_back():
     module, optimizer, recovery = make()
     step(module, optimizer)
-    recovery.keep(1.0, 1.0)
+    recovery.admit(1.0, 1.0)
     expected = [p.detach().clone() for p in module.parameters()]
     moments = [s["exp_avg"].clone() for s in optimizer.state.values()]
-    for _ in range(2):  # and can come back again
+    for expected_rate in (0.5, 0.25):  # and can come back again
         step(module, optimizer)
         with torch.no_grad():
             module.weight.fill_(math.nan)
-        recovery.restore()
+        while recovery.rate > expected_rate:
+            recovery.admit(math.nan, math.nan)
         for p, e in zip(module.parameters(), expected, strict=True):
             assert torch.equal(p, e)
         for s, m in zip(optimizer.state.values(), moments, strict=True):
             assert torch.equal(s["exp_avg"], m)
 
 
+def test_a_loss_or_gradient_that_rises_for_good_leads_back():
+    walk = Walk()
+    walk.take(25)
+    assert walk.take(3, loss=90.0) == [True, True, False]
+    assert walk.at == 20
+    assert walk.recovery.rate == 0.5
+    walk.take(25)
+    assert [walk.take(1, norm=90.0)[0] for _ in range(7)] == [True] * 6 + [False]
+    assert walk.at == 40
+    walk = Walk()  # from the first state on it may rise, which is of one batch
+    assert all(walk.take(1, loss=0.01) + walk.take(30, loss=0.5))
+
+
 def test_rates_are_halved_at_a_return_and_grow_back():
-    *_, recovery = make()
-    recovery.keep(1.0, 1.0)
+    walk = Walk()
+    walk.take(1)
     for expected in (0.5, 0.25):
-        recovery.restore()
-        assert recovery.rate == expected
-    for _ in range(10):
-        recovery.keep(1.0, 1.0)
-    assert recovery.rate == pytest.approx(0.25 * 1.01**10)
-    for _ in range(200):
-        recovery.keep(1.0, 1.0)
-    assert recovery.rate == 1.0
+        walk.fail()
+        assert walk.recovery.rate == expected
+    walk.take(10)
+    assert walk.recovery.rate == pytest.approx(0.25 * 1.01**10)
+    walk.take(200)
+    assert walk.recovery.rate == 1.0
 
 
-def test_what_is_kept_is_renewed_and_survives_a_checkpoint(tmp_path):
+def test_a_state_that_soon_fails_again_is_given_up():
+    walk = Walk()
+    walk.take(25)
+    for back in (20, 10, 0, 0):  # the first is never given up
+        with torch.no_grad():
+            walk.module.weight.fill_(math.nan)
+        walk.fail()
+        assert walk.at == back
+        walk.take(5)
+    walk.take(6)  # eleven since: a later state takes its place
+    walk.fail()
+    assert walk.at == 10
+
+
+def test_states_are_kept_ever_farther_apart():
+    walk = Walk()
+    walk.take(3000)
+    times = [time for time, *_ in walk.recovery.state_dict()["kept"]]
+    ages = [3000 - time for time in reversed(times)]
+    assert times[0] == 0
+    assert ages[:2] == [10, 20]
+    assert all(b <= 4 * a for a, b in itertools.pairwise(ages))
+    assert len(ages) <= 12
+
+
+def test_what_is_kept_survives_a_checkpoint(tmp_path):
     module, optimizer, recovery = make()
     for _ in range(25):
-        recovery.keep(1.0, 1.0)
+        recovery.admit(1.0, 1.0)
         step(module, optimizer)
+    recovery.admit(math.nan, 1.0)
     torch.save(recovery.state_dict(), tmp_path / "state.pt")
     again, other, resumed = make()
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert not resumed.sound(1.0, 11.0)
-    recovery.restore()
-    resumed.restore()
+    for _ in range(3):  # four bad ones in a row, of which one was before
+        assert not recovery.admit(math.nan, 1.0)
+        assert not resumed.admit(math.nan, 1.0)
     assert resumed.rate == recovery.rate == 0.5
     fresh = make()[0]
     for a, b, start in zip(
@@ -92,39 +172,6 @@ def test_what_is_kept_is_renewed_and_survives_a_checkpoint(tmp_path):
         assert torch.equal(a, b)
         assert not torch.equal(a, start)
     assert other.state_dict()["state"][0]["step"] == 20
-
-
-def test_a_state_that_soon_fails_again_is_given_up():
-    module, _, recovery = make()
-
-    def sound(count: int) -> None:
-        for _ in range(count):
-            recovery.keep(1.0, 1.0)
-            with torch.no_grad():
-                module.weight.add_(1.0)
-
-    start = module.weight.detach().clone()
-    sound(25)
-    for back in (20, 10, 0, 0):  # the first is never given up
-        with torch.no_grad():
-            module.weight.fill_(math.nan)
-        recovery.restore()
-        torch.testing.assert_close(module.weight.detach(), start + back)
-        sound(5)
-    sound(6)  # eleven since: a later state takes its place
-    recovery.restore()
-    torch.testing.assert_close(module.weight.detach(), start + 10)
-
-
-def test_states_are_kept_ever_farther_apart():
-    *_, recovery = make()
-    for _ in range(3000):
-        recovery.keep(1.0, 1.0)
-    times = [time for time, _ in recovery.state_dict()["kept"]]
-    ages = [3000 - time for time in reversed(times)]
-    assert times[0] == 0 and ages[:2] == [10, 20]
-    assert all(b <= 4 * a for a, b in zip(ages, ages[1:], strict=False))
-    assert len(ages) <= 12
 
 
 def test_a_rate_that_diverges_still_leaves_a_model(tmp_path):

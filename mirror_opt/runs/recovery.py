@@ -2,11 +2,11 @@ r"""Going back to where training was sound.
 
 A meta-step can carry the map to where the inner loop is no longer stable. There the meta-gradient
 grows by orders of magnitude and points anywhere, training drifts off without any loss that would
-tell, or the loop explodes on every task, and skipping iterations would be all that is left of the
-run. So sound states are kept, and training goes on from the last of them, with other tasks and
-lower rates, which then come back: a run at rates that are too high finds those that it can bear. A
-state from which training soon fails again was not sound after all, however low the rates: then the
-one before it is next.
+tell, or the loop explodes on every task. A single bad batch is none of that: its iteration is left
+out. But where loss or gradient rise for good, or many batches are bad, training goes on from a
+sound state that was kept, with other tasks and lower rates, which then come back: a run at rates
+that are too high finds those that it can bear. A state from which training soon fails again was not
+sound after all, however low the rates: then the one before it is next.
 """
 
 import copy
@@ -18,11 +18,14 @@ from torch import nn
 
 __all__ = ["Recovery"]
 
-_EVERY = 10  # sound iterations that make a state
-# A loss or a norm that exceeds its running geometric mean by this factor is not sound.
-_LOSS_SPIKE, _NORM_SPIKE = 100.0, 10.0
+_EVERY = 10  # iterations that make a state
 _MEMORY = 0.9  # of the running means
-_BACK_OFF, _GROWTH = 0.5, 1.01  # of the rates, at a return and in a sound iteration
+# A batch is bad whose loss or norm exceeds its running geometric mean by this factor.
+_SPIKE = 100.0
+# A state is unsound where more than this share of batches are bad, or where a running mean exceeds
+# that of an earlier state by these factors.
+_BAD, _LOSS_RISE, _NORM_RISE = 0.3, 3.0, 10.0
+_BACK_OFF, _GROWTH = 0.5, 1.01  # of the rates, at a return and in an iteration
 
 
 def _log(x: float) -> float:
@@ -30,9 +33,10 @@ def _log(x: float) -> float:
 
 
 class _Kept(NamedTuple):
-    """A state, and the sound iterations before it."""
+    """A state, the iterations that led to it, and the means of then."""
 
     time: int
+    means: tuple[float, float]
     state: dict[str, Any]
 
 
@@ -50,41 +54,61 @@ class Recovery:
         self._module, self._optimizer = module, optimizer
         self.rate = 1.0
         self._means: tuple[float, float] | None = None  # of the logarithms of loss and norm
-        self._time = 0  # in sound iterations; goes back with the state
+        self._bad = 0.0  # the share of bad batches lately
+        self._time = 0  # in iterations that were taken; goes back with the state
         self._kept: list[_Kept] = []  # the latest last
         self._returned = False  # to the latest, which no later one has replaced yet
 
-    def sound(self, loss: float, norm: float) -> bool:
-        r"""Whether an iteration with this loss and gradient norm may be taken."""
+    def admit(self, loss: float, norm: float) -> bool:
+        r"""Whether an iteration with this loss and gradient norm may be taken; call it before.
+
+        Returns to a kept state where the present one is not sound.
+        """
+        self._bad *= _MEMORY
+        if not self._is_usual(loss, norm):
+            self._bad += 1 - _MEMORY
+            if self._bad > _BAD:
+                self._return()
+            return False
+        seen = (_log(loss), _log(norm))
+        before = seen if self._means is None else self._means
+        loss, norm = (_MEMORY * m + (1 - _MEMORY) * x for m, x in zip(before, seen, strict=True))
+        self._means = loss, norm
+        # The first state's loss is of a single batch, and may be of a lucky one.
+        if any(loss > kept.means[0] + math.log(_LOSS_RISE) for kept in self._kept[1:]) or any(
+            norm > kept.means[1] + math.log(_NORM_RISE) for kept in self._kept
+        ):
+            self._return()
+            return False
+        self.rate = min(1.0, _GROWTH * self.rate)
+        self._keep()
+        self._time += 1
+        return True
+
+    def _is_usual(self, loss: float, norm: float) -> bool:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return False
         if self._means is None:
             return True
         usual_loss, usual_norm = map(math.exp, self._means)
-        return loss <= _LOSS_SPIKE * usual_loss and norm <= _NORM_SPIKE * usual_norm
+        return loss <= _SPIKE * usual_loss and norm <= _SPIKE * usual_norm
 
-    def keep(self, loss: float, norm: float) -> None:
-        r"""Called before each sound step: keeps the state now and then."""
-        seen = (_log(loss), _log(norm))
-        before = seen if self._means is None else self._means
-        loss, norm = (_MEMORY * m + (1 - _MEMORY) * x for m, x in zip(before, seen, strict=True))
-        self._means = loss, norm
-        self.rate = min(1.0, _GROWTH * self.rate)
+    def _keep(self) -> None:
+        assert self._means is not None
         if not self._kept or self._time == self._kept[-1].time + _EVERY:
             module, optimizer = self._module.state_dict(), self._optimizer.state_dict()
             state = copy.deepcopy({"module": module, "optimizer": optimizer})
-            self._kept = _thinned([*self._kept, _Kept(self._time, state)])
+            self._kept = _thinned([*self._kept, _Kept(self._time, self._means, state)])
             self._returned = False
-        self._time += 1
 
-    def restore(self) -> None:
-        r"""Returns to the last sound state, if there is one, with half the rates."""
+    def _return(self) -> None:
         self.rate *= _BACK_OFF
+        self._bad = 0.0
         if not self._kept:
             return
         if self._returned and len(self._kept) > 1:
             self._kept.pop()
-        self._time, state = self._kept[-1]
+        self._time, self._means, state = self._kept[-1]
         self._module.load_state_dict(state["module"])
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self._returned = True
@@ -92,18 +116,19 @@ class Recovery:
     def state_dict(self) -> dict[str, Any]:
         r"""Tensors and plain values."""
         return {
-            "means": None if self._means is None else list(self._means),
+            "rate": self.rate,
+            "means": self._means,
+            "bad": self._bad,
             "time": self._time,
             "kept": [tuple(kept) for kept in self._kept],
             "returned": self._returned,
-            "rate": self.rate,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         r"""Reads :meth:`state_dict` back."""
-        self.rate, self._time, self._returned = state["rate"], state["time"], state["returned"]
+        self.rate, self._means, self._bad = state["rate"], state["means"], state["bad"]
+        self._time, self._returned = state["time"], state["returned"]
         self._kept = [_Kept(*kept) for kept in state["kept"]]
-        self._means = None if state["means"] is None else tuple(state["means"])
 
 
 def _thinned(kept: list[_Kept]) -> list[_Kept]:

@@ -22,8 +22,11 @@ ROW = (
     "task",
     "ways",
     "shots",
+    "queries",
+    "filters",
     "train_steps",
     "adapt_steps",
+    "split",
     "metric",
     "mean",
     "ci95",
@@ -47,8 +50,11 @@ _KEY = (
     "task",
     "ways",
     "shots",
+    "queries",
+    "filters",
     "train_steps",
     "adapt_steps",
+    "split",
     "metric",
     "test_tasks",
     "iterations",
@@ -76,6 +82,7 @@ def rows(
     trace: dict[int, torch.Tensor],
     iterations: int,
     seconds: float,
+    split: str = "test",
 ) -> list[dict[str, Any]]:
     r"""One row per adaptation step of ``trace``.
 
@@ -85,6 +92,7 @@ def rows(
         trace: the metric per task, ``(test_tasks,)``, by number of adaptation steps.
         iterations: how many meta-iterations were made.
         seconds: how long they took, all sittings together.
+        split: whose tasks they were.
 
     Returns:
         Rows with the keys :data:`ROW`; ``ci95`` is :math:`1.96\, s / \sqrt{n}` over the tasks.
@@ -102,8 +110,11 @@ def rows(
             "task": config.task,
             "ways": config.ways,
             "shots": config.shots,
+            "queries": config.queries,
+            "filters": config.filters,
             "train_steps": config.train_steps,
             "adapt_steps": step,
+            "split": split,
             "metric": metric,
             "mean": mean if finite else None,
             "ci95": ci95,

@@ -101,17 +101,14 @@ class _Training:
                 *batch,
                 steps=horizon(config.seed, iteration, config.horizon),
             )
+            loss.backward()
+            params = [p for group in self.optimizer.param_groups for p in group["params"]]
+            norm = float(nn.utils.clip_grad_norm_(params, _CLIP))
+            value = float(loss.detach())
         except NonFiniteLossError:
-            self.recovery.restore()
+            value = norm = math.nan
+        if not self.recovery.admit(value, norm):
             return math.nan
-        loss.backward()
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = float(nn.utils.clip_grad_norm_(params, _CLIP))
-        value = float(loss.detach())
-        if not self.recovery.sound(value, norm):
-            self.recovery.restore()
-            return math.nan
-        self.recovery.keep(value, norm)
         self.optimizer.step()
         return value
 
@@ -183,9 +180,9 @@ def train(
 
     Goes on from the checkpoint in ``out`` where there is one (see :func:`open_run` for the check
     that it is the same run). The outer loop is Adam with the meta-gradient's norm cut to 10.
-    After an iteration whose loss or meta-gradient is not finite, whose loss is a hundred times the
-    usual, or whose meta-gradient ten times, training goes on from the last sound state with half
-    the rates, which then grow back, and the iteration is counted.
+    An iteration whose loss or meta-gradient is not finite, or a hundred times the usual, is left
+    out and counted. Where many are, or where loss or gradient rise for good, training goes on from
+    an earlier state with lower rates, which then grow back (:mod:`mirror_opt.runs.recovery`).
 
     Args:
         config: what to train.
@@ -228,10 +225,13 @@ def train(
     losses = [None if math.isnan(loss) else loss for loss in training.losses]
     write_json(out / HISTORY, {"loss": losses, "skipped": training.skipped})
     if (out / RESULTS).exists():
-        return results.read(out / RESULTS)
+        found = [row for row in results.read(out / RESULTS) if row["split"] == split]
+        if found:
+            return found
     trace = evaluate(learner, task, config, split=split)
-    found = results.rows(config, task.metric, trace, config.iterations, training.seconds)
-    return results.merge(out / RESULTS, found)
+    found = results.rows(config, task.metric, trace, config.iterations, training.seconds, split)
+    results.merge(out / RESULTS, found)
+    return found
 
 
 def _loop(training: _Training, path: Path, save_every: float) -> None:
