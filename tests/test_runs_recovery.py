@@ -32,10 +32,10 @@ class Walk:
         self.module, _, self.recovery = make()
         nn.init.zeros_(self.module.weight)
 
-    def take(self, count: int, loss: float = 1.0, norm: float = 1.0) -> list[bool]:
+    def take(self, count: int, loss: float = 1.0) -> list[bool]:
         taken = []
         for _ in range(count):
-            taken.append(self.recovery.admit(loss, norm))
+            taken.append(self.recovery.admit(loss, 1.0))
             if taken[-1]:
                 with torch.no_grad():
                     self.module.weight.add_(1.0)
@@ -102,15 +102,12 @@ def test_parameters_and_moments_come_back():
             assert torch.equal(s["exp_avg"], m)
 
 
-def test_a_loss_or_gradient_that_rises_for_good_leads_back():
+def test_a_loss_that_rises_for_good_leads_back():
     walk = Walk()
     walk.take(25)
     assert walk.take(3, loss=90.0) == [True, True, False]
     assert walk.at == 20
     assert walk.recovery.rate == 0.5
-    walk.take(25)
-    assert [walk.take(1, norm=90.0)[0] for _ in range(7)] == [True] * 6 + [False]
-    assert walk.at == 40
     walk = Walk()  # from the first state on it may rise, which is of one batch
     assert all(walk.take(1, loss=0.01) + walk.take(30, loss=0.5))
 
@@ -180,4 +177,6 @@ def test_a_rate_that_diverges_still_leaves_a_model(tmp_path):
         tasks_per_batch=4,
     )  # fmt: skip
     rows = train(config, tmp_path)
-    assert all(row["mean"] is not None and row["mean"] < 100 for row in rows)
+    trained = next(row["mean"] for row in rows if row["adapt_steps"] == config.train_steps)
+    assert trained is not None
+    assert trained < 100

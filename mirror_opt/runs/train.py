@@ -181,8 +181,8 @@ def train(
     Goes on from the checkpoint in ``out`` where there is one (see :func:`open_run` for the check
     that it is the same run). The outer loop is Adam with the meta-gradient's norm cut to 10.
     An iteration whose loss or meta-gradient is not finite, or a hundred times the usual, is left
-    out and counted. Where many are, or where loss or gradient rise for good, training goes on from
-    an earlier state with lower rates, which then grow back (:mod:`mirror_opt.runs.recovery`).
+    out and counted. Where many are, or where the loss rises for good, training goes on from an
+    earlier state with lower rates, which then grow back (:mod:`mirror_opt.runs.recovery`).
 
     Args:
         config: what to train.
