@@ -1,7 +1,7 @@
 // The operators of the CPU library: tensors in, loops of the best instruction set, tensors out.
 //
-// Only the stable ABI of LibTorch is used, so that one binary serves torch 2.11 and newer. Shapes
-// and dtypes are checked by the caller (mirror_opt/backends/cpp.py).
+// Only the stable ABI of LibTorch is used, so that one binary serves torch 2.11 and newer. Shapes and
+// dtypes are checked by the caller (mirror_opt/ops/), which leaves those of `attempt` to it.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "stored.h"
 
 using torch::stable::Tensor;
 
@@ -145,22 +146,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   return {grad_at, grad_gain, grad_w, grad_s, grad_c};
 }
 
-Storage storage(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case torch::headeronly::ScalarType::Double: return Storage::f64;
-    case torch::headeronly::ScalarType::Half: return Storage::f16;
-    case torch::headeronly::ScalarType::BFloat16: return Storage::bf16;
-    default: return Storage::f32;
-  }
-}
-
-using Tensors = std::vector<Tensor>;
-
-Stored stored(const Tensors& list, size_t i) {
-  if (list.empty()) return {nullptr, Storage::f32};
-  return {list[i].mutable_data_ptr(), storage(list[i])};
-}
-
 // The columns of a table of maps, a row for each parameter: where its coefficients are, how many, and
 // of how many elements of how many bytes. The table is made once (mirror_opt/backends/cpp.py), and
 // costs a step one tensor.
@@ -261,7 +246,8 @@ template <class T> bool is_plain(const Tensors& list, const int64_t* rows, size_
   for (size_t i = 0; i < count; ++i) {
     const Storage type = storage(list[i]);
     if (list[i].numel() != rows[i * kFields + kElements] || !list[i].is_contiguous() ||
-        (type == Storage::f64) != std::is_same_v<T, double> || type == Storage::f16) {
+        (type == Storage::f64) != std::is_same_v<T, double> || type == Storage::f16 ||
+        type == Storage::other) {
       return false;
     }
   }
@@ -279,7 +265,10 @@ int64_t attempt(Tensors params, Tensors grads, Tensors buffers, Tensors anchors,
     using T = decltype(type);
     const int64_t* rows = data<int64_t>(table);
     const size_t count = params.size();
-    if (table.size(0) != static_cast<int64_t>(count) || rows[kWidth] != sizeof(T)) return kRefused;
+    if (table.size(0) != static_cast<int64_t>(count)) return kRefused;
+    for (size_t i = 0; i < count; ++i) {
+      if (rows[i * kFields + kWidth] != sizeof(T)) return kRefused;
+    }
     for (const Tensors* list : {&params, &grads, &buffers, &anchors, &duals, &dual_inits}) {
       if (!is_plain<T>(*list, rows, count)) return kRefused;
     }
@@ -301,6 +290,7 @@ int64_t attempt(Tensors params, Tensors grads, Tensors buffers, Tensors anchors,
 
 bool exceeds(Tensors xs, double bound) {
   for (const Tensor& x : xs) {
+    STD_TORCH_CHECK(storage(x) != Storage::other, "mirror_opt exceeds: a dtype it does not take");
     const bool found = with_dtype(x, [&](auto type) {
       using T = decltype(type);
       const Stored stored{x.mutable_data_ptr(), storage(x)};

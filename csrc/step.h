@@ -3,7 +3,7 @@
 
 constexpr int kMaxUnits = 64;
 
-enum class Storage : int { f32, f64, f16, bf16 };  // computed in float, or in double
+enum class Storage : int { f32, f64, f16, bf16, other };  // f64 computed in double, other not served
 
 struct Stored {
   void* data;  // null where the step does without

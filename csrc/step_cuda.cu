@@ -1,7 +1,7 @@
 // The multi-tensor step on CUDA, without a just-in-time compiler: tensors in, a launch out.
 //
 // Only the stable ABI of LibTorch is used, so that one binary serves torch 2.11 and newer. Shapes
-// and dtypes are checked by the caller (mirror_opt/backends/cuda.py).
+// and dtypes are checked by the caller (mirror_opt/ops/multi_tensor.py).
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -10,7 +10,6 @@
 #include <cuda_runtime.h>
 
 #include <optional>
-#include <vector>
 
 #ifdef __CUDACC__  // tests/cuda_on_host.cpp brings its own
 #define MIRROR_FN __device__ __forceinline__
@@ -42,25 +41,11 @@ template <class Wide> MIRROR_FN void write_back(Wide* at, Wide value) { __stwb(a
 #endif
 
 #include "cuda_kernel.h"  // after the functions that it calls
+#include "stored.h"
 
 using torch::stable::Tensor;
 
 namespace {
-
-Storage storage(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case torch::headeronly::ScalarType::Half: return Storage::f16;
-    case torch::headeronly::ScalarType::BFloat16: return Storage::bf16;
-    default: return Storage::f32;
-  }
-}
-
-using Tensors = std::vector<Tensor>;
-
-Stored stored(const Tensors& list, size_t i) {
-  if (list.empty()) return {nullptr, Storage::f32};
-  return {list[i].mutable_data_ptr(), storage(list[i])};
-}
 
 const float* floats(const Tensors& list, size_t i) {
   return list.empty() ? nullptr : static_cast<const float*>(list[i].const_data_ptr());

@@ -158,7 +158,9 @@ def solve_monotone(
 
 
 def _dot(x: Tensor, y: Tensor) -> float:
-    return float((x * y).sum())
+    # In float32 the square of a norm leaves its range from 1e19 on, and below 1e-23.
+    wide = torch.float32 if x.device.type == "mps" else torch.float64  # which has no float64
+    return float((x.to(wide) * y.to(wide)).sum())
 
 
 def _conjugate_gradients(
@@ -212,6 +214,8 @@ def solve_convex(
     tolerance = 8 * _default_tolerance(target.dtype) if tolerance is None else tolerance
     norm = math.sqrt(_dot(target, target))
     y = torch.zeros_like(target)
+    if not math.isfinite(norm):
+        return Solution(y, Status.NONFINITE, 0, math.inf)
     if norm == 0:  # f(0) = 0, and there is no scale to measure a rounding error of f against
         return Solution(y, Status.CONVERGED, 0, 0.0)
     residual = target - f(y)

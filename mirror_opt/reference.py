@@ -19,6 +19,7 @@ behind K as u has, and broadcast against ``u[None]``. K leads so that the units 
 not break up its rows. ``K = 0`` is the identity. Any floating dtype.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -81,8 +82,12 @@ def _tanh_slope(t: Tensor) -> Tensor:
 
 
 def _tanh_integral(t: Tensor) -> Tensor:
-    # log cosh t = |t| + log(1 + e^(-2|t|)) - log 2, even and without overflow.
-    return torch.nn.functional.softplus(-2 * t) + t - torch.log(t.new_tensor(2.0))
+    # log cosh t = log(1 + 2 sinh^2(t / 2)), which does not cancel near 0; far out
+    # |t| + log(1 + e^(-2|t|)) - log 2, which does not overflow.
+    near = t.clamp(-1, 1)
+    inner = torch.log1p(2 * torch.sinh(near / 2).square())
+    outer = torch.nn.functional.softplus(-2 * t) + t - math.log(2)
+    return torch.where(t.abs() < 1, inner, outer)
 
 
 SIGMAS = {

@@ -234,8 +234,36 @@ def test_kronecker_holds_a_sum_that_no_product_represents():
 
 
 def test_half_precision_parameters_get_float32_maps():
-    mirror_map = maps.KroneckerNeural([torch.zeros(3, 2, dtype=torch.bfloat16)])
-    assert {p.dtype for p in mirror_map.parameters()} == {torch.float32}
+    for name, cls in maps.REGISTRY.items():
+        if cls.owns_tensors:
+            x = torch.linspace(-1, 1, 6, dtype=torch.bfloat16).reshape(3, 2)
+            mirror_map = maps.create(name, [x])
+            assert {p.dtype for p in mirror_map.parameters()} == {torch.float32}
+            for way in (mirror_map.forward, mirror_map.inverse):
+                torch.testing.assert_close(way([x])[0], way([x.float()])[0])
+
+
+def test_bounds_where_a_tensor_is_empty():
+    for name in ("separable", "kronecker"):
+        mirror_map = maps.create(name, [torch.zeros(0, 3), torch.zeros(2, 3)])
+        assert mirror_map.strong_convexity() > 0
+        assert torch.isfinite(mirror_map.smoothness())
+
+
+def test_hypentropy_far_beyond_its_scale():
+    hypentropy = maps.Hypentropy(1e-4)
+    x = [torch.tensor([1e16, -1e-4, 0.0])]
+    exact = hypentropy.potential([x[0].double()])
+    torch.testing.assert_close(hypentropy.potential(x).double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-23, 1e19, 1e25])
+@pytest.mark.parametrize("terms", [1, 2])
+def test_a_coupled_solve_over_all_of_float32(terms, scale):
+    torch.manual_seed(0)
+    mirror_map = learned("kronecker", {"terms": terms}, torch.float32, shapes=((4, 3),))
+    x = [scale * torch.randn(4, 3)]
+    torch.testing.assert_close(mirror_map.inverse(mirror_map(x))[0], x[0], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -129,9 +129,45 @@ def test_state_dict_round_trip():
     assert torch.equal(ours, theirs)
 
 
-def test_random_horizon_evaluates_at_the_longest():
-    learner = MetaLearner(model(), steps=(1, 5))
-    assert (learner.horizon, learner.steps, len(learner.log_lr)) == ((1, 5), 5, 5)
+def test_a_random_horizon_is_drawn_in_training_and_the_longest_elsewhere():
+    learner = MetaLearner(model(), steps=(1, 3), lr=0.1)
+    assert (learner.horizon, learner.steps, len(learner.log_lr)) == ((1, 3), 3, 3)
+    torch.manual_seed(0)
+    batch = data()
+    at = [learner.meta_loss(F.mse_loss, *batch, steps=k).item() for k in (1, 2, 3)]
+    drawn = [learner.meta_loss(F.mse_loss, *batch).item() for _ in range(30)]
+    assert set(drawn) == set(at)
+    torch.manual_seed(5)
+    first = [learner.meta_loss(F.mse_loss, *batch).item() for _ in range(10)]
+    torch.manual_seed(5)
+    assert first == [learner.meta_loss(F.mse_loss, *batch).item() for _ in range(10)]
+    learner.eval()
+    assert {learner.meta_loss(F.mse_loss, *batch).item() for _ in range(10)} == {at[-1]}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [*maps.REGISTRY])
+def test_models_of_half_precision(name, dtype):
+    torch.manual_seed(0)
+    net = model()
+    if name == "negative-entropy":
+        for p in net.parameters():
+            p.data = torch.rand_like(p).softmax(-1)
+    losses = {}
+    for model_dtype in (torch.float32, dtype):
+        net = net.to(model_dtype)
+        learner = MetaLearner(net, maps.create(name, list(net.parameters())), lr=0.1, steps=3)
+        batch = [x.to(model_dtype) for x in data()]
+        learner.calibrate(F.mse_loss, *batch[:2])
+        adapted = learner.adapt(F.mse_loss, *(x[0] for x in batch[:2]))
+        assert {p.dtype for p in adapted.params.values()} == {model_dtype}
+        loss = learner.meta_loss(F.mse_loss, *batch)
+        loss.backward()
+        assert all(torch.isfinite(p.grad).all() for p in net.parameters())
+        guarded = learner.adapt_batch(F.mse_loss, *batch[:2], guard=True)
+        assert torch.isfinite(guarded.losses).all()
+        losses[model_dtype] = loss.item()
+    assert losses[dtype] == pytest.approx(losses[torch.float32], rel=0.05)
 
 
 def test_engine_choice():
@@ -183,6 +219,10 @@ def test_meta_gradient_through_a_solved_inverse():
         ({"steps": (3, 1)}, r"steps=\(3, 1\)"),
         ({"engine": "magic"}, "'loop' or 'vmap'"),
         ({"guard": "always"}, "guard='always'"),
+        ({"guard": 1}, "guard=1"),
+        ({"lr": "fast"}, "lr='fast'"),
+        ({"steps": 2.0}, r"steps=2\.0"),
+        ({"steps": (1, 2.5)}, r"steps=\(1, 2\.5\)"),
         ({"nonfinite": "ignore"}, "'raise' or 'skip'"),
         ({"adapt": ["nothing*"]}, "nothing"),
         ({"mirror_map": maps.Diagonal([torch.zeros(3)])}, "shapes"),
@@ -199,6 +239,8 @@ def test_bad_calls():
         meta.build("nonsense", model())
     with pytest.raises(InputError, match="own map"):
         meta.build("maml", model(), map_options={"units": 2})
+    with pytest.raises(InputError, match="own map 'euclidean'"):
+        meta.build("maml", model(), map_name="separable")
     with pytest.raises(InputError, match="one of maml"):
         meta.defaults("nonsense", "sinusoid")
     with pytest.raises(InputError, match="track_running_stats"):
@@ -207,3 +249,7 @@ def test_bad_calls():
     for steps in (-1, 1.5, True):
         with pytest.raises(InputError, match="at least 0"):
             learner.adapt(F.mse_loss, *(x[0] for x in data()[:2]), steps=steps)
+    with pytest.raises(InputError, match="guard='Auto'"):
+        learner.adapt(F.mse_loss, *(x[0] for x in data()[:2]), guard="Auto")
+    with pytest.raises(InputError, match="one or more"):
+        learner.evaluate(F.mse_loss, F.mse_loss, *data(), adapt_steps=[])

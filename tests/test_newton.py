@@ -154,5 +154,10 @@ def test_solve_convex():
     )
     assert solution.status is Status.CONVERGED
     assert solution.iterations < 20
+    single = solve_convex(
+        lambda y: 2 * y, lambda y: lambda v: 2 * v, lambda y: (y * y).sum(), torch.full((3,), 1e25)
+    )
+    assert single.status is Status.CONVERGED
+    torch.testing.assert_close(single.value, torch.full((3,), 5e24))
     nan = torch.full((8,), math.nan, dtype=torch.float64)
     assert solve_convex(f, lambda y: f, lambda y: y.sum(), nan).status is Status.NONFINITE

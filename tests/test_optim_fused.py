@@ -129,6 +129,63 @@ def test_what_could_fail_is_not_fused(policy, bad, taken):
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize("rate", [float, torch.tensor], ids=["number", "tensor"])
+def test_a_rate_that_could_leave_the_range_is_not_fused(rate, taken):
+    params, optimizer = next(pair())
+    descend(optimizer, params, 1)
+    optimizer.param_groups[0]["lr"] = rate(1e15)
+    params[0].grad.fill_(1.0)
+    params[1].grad.fill_(1e30)
+    before = snapshot(optimizer)
+    with pytest.raises(FloatingPointError):
+        optimizer.step()
+    assert same(before, snapshot(optimizer))
+    optimizer.param_groups[0]["lr"] = rate(1e10)
+    for p in params:
+        p.grad.fill_(1e-12)
+    optimizer.step()
+    assert len(taken) == 1  # the first
+
+
+DTYPES = list(itertools.permutations([torch.float32, torch.float64]))
+
+
+@pytest.mark.parametrize(("built", "used"), DTYPES, ids=str)
+@pytest.mark.parametrize("late", [False, True])
+def test_another_dtype_than_the_map_was_built_for(built, used, late, taken):
+    ends = []
+    for choice in (None, False):
+        params = start("separable", {}, built)
+        mirror_map = learned("separable", params, {})
+        optimizer = MirrorDescent(params, 0.1, mirror_map, fused=choice, momentum=0.9)
+        if late:
+            descend(optimizer, params, 2)
+            taken.clear()
+        for p in params:
+            p.data = p.data.to(used)
+            p.grad = None
+        descend(optimizer, params, 2)
+        ends.append(snapshot(optimizer))
+    assert not taken
+    for x, y in zip(*ends, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match=r"another dtype|changed their dtype"):
+        fused.fused_step(optimizer._collect(optimizer.param_groups[0] | {"fused": True}))
+
+
+def test_steps_without_units_or_with_an_empty_parameter():
+    for backend in ("cpp", "triton"):
+        if getattr(backends, backend).unavailable():
+            continue
+        with backends.use_backend(backend):
+            params = [*start("separable", {}, torch.float32), torch.zeros(0, 2, requires_grad=True)]
+            expected = [(p - 0.1 * (p - 1 / 3)).detach() for p in params]
+            mirror_map = maps.SeparableNeural(params, units=0)
+            optimizer = MirrorDescent(params, 0.1, mirror_map, fused=True)
+            descend(optimizer, params, 1)
+            torch.testing.assert_close(params, expected)
+
+
 def test_float16_is_not_fused_where_it_could_overflow(taken):
     for params, optimizer in pair(torch.float16):
         descend(optimizer, params, 2)

@@ -59,6 +59,14 @@ def test_no_units_is_the_identity(u, sigma):
     assert torch.equal(reference.psi_integral(u, units, sigma), u * u / 2)
 
 
+def test_the_integral_does_not_cancel_near_the_origin(sigma):
+    t = torch.tensor([1e-15, 1e-4, -3e-3, 0.5, 0.999, 1.001, 30.0, 1e6])
+    exact = SIGMAS[sigma].integral(t.double())
+    expected = t.double() ** 2 / 2
+    torch.testing.assert_close(exact[:2], expected[:2], rtol=1e-8, atol=0)
+    torch.testing.assert_close(SIGMAS[sigma].integral(t).double(), exact, rtol=1e-6, atol=0)
+
+
 def test_far_out_in_float32(sigma):
     u = torch.tensor([0.0, 1e6, -1e20, 1e30], requires_grad=True)
     units = Units(*(torch.tensor([[v]]) for v in (0.5, 1e3, 2.0)))

@@ -1,6 +1,7 @@
 """The operators on the CPU library, whose loops csrc/ holds."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,11 @@ def refusal(operator: str, x: Tensor, units: int, sigma: str) -> str | None:
     return None
 
 
+def _on_cpu(value: Any, dtype: torch.dtype) -> Tensor:
+    """A tensor there, whatever the default device is."""
+    return torch.tensor(value, dtype=dtype, device="cpu")
+
+
 def forward(u: Tensor, gain: Tensor, w: Tensor, s: Tensor, c: Tensor, sigma: str) -> Tensor:
     rows = Rows(u, gain, (w, s, c))
     return rows.shaped(torch.ops.mirror_opt_cpu.forward(rows.u, rows.gain, *rows.units))
@@ -66,7 +72,7 @@ def inverse(
 ) -> tuple[Tensor, Tensor]:
     rows = Rows(t, gain, (w, s, c))
     y, status = torch.ops.mirror_opt_cpu.inverse(rows.u, rows.gain, *rows.units)
-    return rows.shaped(y), torch.tensor(status, dtype=torch.int32)
+    return rows.shaped(y), _on_cpu(status, torch.int32)
 
 
 def step(
@@ -76,7 +82,7 @@ def step(
     y, status = torch.ops.mirror_opt_cpu.step(
         rows.u, rows.like_u(g), float(lr), rows.gain, *rows.units
     )
-    return rows.shaped(y), torch.tensor(status, dtype=torch.int32)
+    return rows.shaped(y), _on_cpu(status, torch.int32)
 
 
 def step_(
@@ -127,7 +133,7 @@ def table(
         (*(x.data_ptr() for x in (gain, w, s, c)), *w.shape, gain.numel(), gain.itemsize)
         for gain, w, s, c in zip(gains, ws, ss, cs, strict=True)
     ]
-    return torch.tensor(rows, dtype=torch.int64)
+    return _on_cpu(rows, torch.int64)
 
 
 def attempt(
@@ -161,7 +167,7 @@ def attempt(
 
 def exceeds(xs: Sequence[Tensor], bound: float) -> Tensor:
     xs = contiguous(xs)
-    return torch.tensor(float(torch.ops.mirror_opt_cpu.exceeds(xs, bound)))
+    return _on_cpu(float(torch.ops.mirror_opt_cpu.exceeds(xs, bound)), torch.float32)
 
 
 def backward(

@@ -142,7 +142,10 @@ def step_(
 
 def exceeds(xs: Sequence[Tensor], bound: float) -> Tensor:
     """1 if some ``|x|`` is above the bound or NaN, else 0: 0-dim float32."""
-    norms = torch._foreach_norm(list(xs), ord=math.inf)
+    some = [x for x in xs if x.numel()]  # an empty tensor has no largest entry
+    if not some:
+        return torch.zeros((), dtype=torch.float32, device=xs[0].device)
+    norms = torch._foreach_norm(some, ord=math.inf)
     return (~(torch.stack([x.to(torch.float32) for x in norms]) <= bound)).any().float()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mirror_opt.errors import InputError
 
-__all__ = ["REGISTRY", "MirrorMap", "Profile", "create", "dot", "register"]
+__all__ = ["REGISTRY", "MirrorMap", "Profile", "create", "dot", "learned_dtype", "register"]
 
 Tensors = Sequence[Tensor | None]
 
@@ -37,9 +37,18 @@ class _Batch(NamedTuple):
     coefficient: Any
 
 
+def learned_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a map's own parameters: half-precision tensors get float32 maps."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def dot(xs: Tensors, ys: Tensors) -> Tensor:
-    """<x, y> summed over the tensors of two sequences; pairs with a None count nothing."""
-    terms = [(x * y).sum() for x, y in zip(xs, ys, strict=True) if x is not None and y is not None]
+    """<x, y> summed over the tensors of two sequences; pairs with a None count nothing.
+
+    In float32 for tensors of half precision, whose products leave their range.
+    """
+    pairs = [(x, y) for x, y in zip(xs, ys, strict=True) if x is not None and y is not None]
+    terms = [(x.to(learned_dtype(x.dtype)) * y).sum() for x, y in pairs]
     return torch.stack(terms).sum() if terms else torch.zeros(())
 
 
@@ -105,27 +114,32 @@ class MirrorMap(nn.Module):
     # The interface.
 
     def forward(self, xs: Tensors, coefficients: Sequence[Any] | None = None) -> tuple:
-        """The mirror map z = grad h(x): a tuple of tensors shaped as ``xs``."""
+        """The mirror map z = grad h(x): a tuple of tensors shaped as ``xs``.
+
+        Raises:
+            NewtonError: where ``forward_is_closed`` is False, as for ``inverse``.
+        """
         return self._each(self._gradient, xs, coefficients)
 
     def inverse(self, zs: Tensors, coefficients: Sequence[Any] | None = None) -> tuple:
         """The inverse mirror map x = grad h*(z): a tuple of tensors shaped as ``zs``.
 
         Raises:
-            NewtonError: a Newton solve did not converge, or ``zs`` holds NaN or Inf.
+            NewtonError: where ``inverse_is_closed`` is False: the solve did not converge, or
+                ``zs`` holds NaN or Inf.
         """
         return self._each(self._gradient_conjugate, zs, coefficients)
 
     def potential(self, xs: Tensors) -> Tensor:
-        """h(x), a 0-dim tensor."""
+        """h(x), a 0-dim tensor; raises as ``forward``."""
         return self._total(self._potential, xs)
 
     def conjugate(self, zs: Tensors) -> Tensor:
-        """The convex conjugate h*(z), a 0-dim tensor."""
+        """The convex conjugate h*(z), a 0-dim tensor; raises as ``inverse``."""
         return self._total(self._conjugate, zs)
 
     def bregman(self, xs: Tensors, ys: Tensors) -> Tensor:
-        """D_h(x, y) = h(x) - h(y) - <grad h(y), x - y> >= 0, a 0-dim tensor."""
+        """D_h(x, y) = h(x) - h(y) - <grad h(y), x - y> >= 0, 0-dim; raises as ``forward``."""
         step = [None if x is None or y is None else x - y for x, y in zip(xs, ys, strict=True)]
         return self.potential(xs) - self.potential(ys) - dot(self.forward(ys), step)
 
@@ -187,9 +201,14 @@ class MirrorMap(nn.Module):
         coefficients = self.coefficients() if coefficients is None else coefficients
         if coefficients is None:
             coefficients = [None] * len(xs)
+        xs = self._widened(xs)
         self._check_count(xs, len(coefficients))
         pairs = zip(xs, coefficients, strict=True)
         return [_Batch([i], x, c) for i, (x, c) in enumerate(pairs) if x is not None]
+
+    def _widened(self, xs: Tensors) -> Tensors:
+        """The tensors in a dtype that the map computes in."""
+        return xs
 
     def _check_count(self, xs: Tensors, count: int) -> None:
         if len(xs) != count:
@@ -215,7 +234,10 @@ class MirrorMap(nn.Module):
 
 
 class OwningMap(MirrorMap):
-    """A map with parameters of its own for each tensor; the constructor takes the tensors first."""
+    """A map with parameters of its own for each tensor; the constructor takes the tensors first.
+
+    Those are float32 for tensors of half precision, and so is what the map then returns.
+    """
 
     owns_tensors = True
 
@@ -231,6 +253,9 @@ class OwningMap(MirrorMap):
                     f"parameter {i} of {type(self).__name__} is {got}: pass real floating tensors"
                 )
         self.shapes = [tuple(p.shape) for p in params]
+
+    def _widened(self, xs: Tensors) -> Tensors:
+        return [None if x is None else x.to(learned_dtype(x.dtype)) for x in xs]
 
     def check(self, params: Sequence[Tensor]) -> None:
         shapes = [tuple(p.shape) for p in params]

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mirror_opt.maps.base import OwningMap, register
+from mirror_opt.maps.base import OwningMap, learned_dtype, register
 from mirror_opt.maps.modes import mode_product, mode_sizes
-from mirror_opt.maps.separable import learned_dtype
 
 __all__ = ["MetaCurvature"]
 

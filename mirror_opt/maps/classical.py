@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mirror_opt.errors import InputError
-from mirror_opt.maps.base import MirrorMap, OwningMap, register
+from mirror_opt.maps.base import MirrorMap, OwningMap, learned_dtype, register
 from mirror_opt.newton import NewtonError, Status, solve_monotone
 
 __all__ = ["Diagonal", "Euclidean", "Hypentropy", "NegativeEntropy", "PNorm"]
@@ -53,7 +53,9 @@ class Diagonal(OwningMap):
     def __init__(self, params: Sequence[Tensor]):
         params = list(params)
         super().__init__(params)
-        self.log_d = nn.ParameterList(nn.Parameter(torch.zeros_like(p)) for p in params)
+        self.log_d = nn.ParameterList(
+            nn.Parameter(torch.zeros_like(p, dtype=learned_dtype(p.dtype))) for p in params
+        )
 
     def coefficients(self) -> list[Tensor]:
         return [log_d.exp() for log_d in self.log_d]
@@ -220,8 +222,8 @@ class Hypentropy(MirrorMap):
 
     def _potential(self, x: Tensor, coefficient: None) -> Tensor:
         r = x / self.beta
-        # sqrt(1 + r^2) - 1 without cancellation near 0.
-        root = r * r / (1 + torch.sqrt(1 + r * r))
+        # sqrt(1 + r^2) - 1 without cancellation near 0, or overflow far out.
+        root = r * (r / (1 + torch.hypot(torch.ones_like(r), r)))
         return self.beta * (r * torch.asinh(r) - root).sum()
 
     def strong_convexity(self) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mirror_opt.errors import InputError
-from mirror_opt.maps.base import Profile, Tensors, _Batch, register
+from mirror_opt.maps.base import Profile, Tensors, _Batch, learned_dtype, register
 from mirror_opt.maps.modes import fused_mode, mode_product, mode_sizes
-from mirror_opt.maps.separable import NeuralMap, NeuralUnits, Separable, alike, learned_dtype
+from mirror_opt.maps.separable import NeuralMap, NeuralUnits, Separable, alike
 from mirror_opt.newton import implicit_convex
 from mirror_opt.ops.kronecker import rotation_is_fused, separable_rotated
 from mirror_opt.reference import Units, psi_slope
@@ -202,6 +202,7 @@ class KroneckerNeural(NeuralMap):
     def _batches(self, xs: Tensors, coefficients: Sequence[_Terms] | None) -> list[_Batch]:
         coefficients = self.coefficients() if coefficients is None else coefficients
         self._check_count(xs, len(self.shapes))
+        xs = self._widened(xs)
         batches = []
         for group, terms in zip(self.groups, coefficients, strict=True):
             mine = [(m, i, xs[i]) for m, i in enumerate(group.indices) if xs[i] is not None]
@@ -232,9 +233,9 @@ class KroneckerNeural(NeuralMap):
             for member, i in enumerate(group.indices):
                 mine = terms.of([member])
                 samples = [
-                    self._rotate(group.stack([d[i]]), mine)
-                    for d in displacements
-                    if d[i] is not None
+                    self._rotate(group.stack([x]), mine)
+                    for x in (self._widened(d)[i] for d in displacements)
+                    if x is not None
                 ]
                 if samples:
                     group.units.calibrate(samples, slice(member, member + 1))
@@ -340,6 +341,8 @@ class KroneckerNeural(NeuralMap):
                 lower, upper = one.bounds()
                 for factor in coefficient.factors:
                     singular = torch.linalg.svdvals(factor[g, r])
+                    if not len(singular):
+                        continue  # of an empty tensor
                     lower, upper = lower * singular[-1] ** 2, upper * singular[0] ** 2
                 low.append(lower)
                 high.append(upper)

@@ -7,16 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from mirror_opt.errors import InputError
-from mirror_opt.maps.base import OwningMap, Profile, Tensors, register
+from mirror_opt.maps.base import OwningMap, Profile, Tensors, learned_dtype, register
 from mirror_opt.ops import separable_forward, separable_inverse
 from mirror_opt.reference import SIGMAS, Units, psi, psi_integral, psi_slope_bounds
 
-__all__ = ["NeuralMap", "NeuralUnits", "Separable", "SeparableNeural", "alike", "learned_dtype"]
-
-
-def learned_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a map's own parameters: half-precision tensors get float32 maps."""
-    return torch.promote_types(dtype, torch.float32)
+__all__ = ["NeuralMap", "NeuralUnits", "Separable", "SeparableNeural", "alike"]
 
 
 def alike(params: Sequence[Tensor]) -> list[list[int]]:
@@ -53,9 +48,11 @@ class Separable(NamedTuple):
         return (self.gain * psi_integral(u, self.units, self.sigma)).sum()
 
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """The smallest and the largest slope that S can have anywhere, 0-dim."""
-        lower, upper = psi_slope_bounds(self.units)
-        return (self.gain * lower).min(), (self.gain * upper).max()
+        """The smallest and the largest slope that S can have anywhere, 0-dim; 1 for no entries."""
+        lower, upper = (self.gain * bound for bound in psi_slope_bounds(self.units))
+        if not lower.numel():
+            return lower.new_ones(()), upper.new_ones(())
+        return lower.min(), upper.max()
 
 
 class NeuralUnits(nn.Module):

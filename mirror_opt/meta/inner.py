@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mirror_opt.maps.base import MirrorMap, dot
+from mirror_opt.maps.base import MirrorMap, dot, learned_dtype
 from mirror_opt.meta.batch_statistics import RefuseBatchStatistics
 
 __all__ = ["InnerLoop", "Step"]
@@ -49,7 +49,7 @@ class InnerLoop:
         mirror_map: the geometry.
         names: names of the adapted parameters.
         init: phi_0, their values at the start.
-        frozen: the other parameters by name, and copies of the buffers.
+        frozen: the other parameters and the buffers, by name.
         coefficients: ``mirror_map.coefficients()``, computed once for all tasks and steps.
         rates: ``(K,)`` step sizes; later steps use the last.
         horizon: K, the number of steps that the meta-parameters were trained for.
@@ -100,11 +100,16 @@ class InnerLoop:
         """alpha of a step, counted from 0."""
         return self.rates[min(step, self.rates.shape[0] - 1)]
 
+    def zero_dual(self, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """zeta_0 for parameters: in float32 for those of less, whose sum of steps it carries."""
+        return tuple(torch.zeros_like(p, dtype=learned_dtype(p.dtype)) for p in params)
+
     def dual_start(self) -> tuple[Tensor, ...] | None:
         """grad h(phi_0) for maps that act on phi itself, None for anchored maps."""
         if self.mirror_map.anchored:
             return None
-        return self.mirror_map(self.init, self.coefficients)
+        init = tuple(p.to(learned_dtype(p.dtype)) for p in self.init)
+        return self.mirror_map(init, self.coefficients)
 
     def primal(self, zeta: Sequence[Tensor], start: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
         """phi for a displacement zeta of the dual."""
@@ -112,9 +117,11 @@ class InnerLoop:
         def one(zeta: Sequence[Tensor]) -> tuple[Tensor, ...]:
             if start is None:
                 delta = self.mirror_map.inverse(zeta, self.coefficients)
-                return tuple(p + d for p, d in zip(self.init, delta, strict=True))
-            moved = [z + d for z, d in zip(start, zeta, strict=True)]
-            return self.mirror_map.inverse(moved, self.coefficients)
+                moved = [p + d for p, d in zip(self.init, delta, strict=True)]
+            else:
+                moved = [z + d for z, d in zip(start, zeta, strict=True)]
+                moved = self.mirror_map.inverse(moved, self.coefficients)
+            return tuple(m.to(p.dtype) for m, p in zip(moved, self.init, strict=True))
 
         return self._each(one, tuple(zeta))
 
@@ -156,7 +163,7 @@ class InnerLoop:
         params = self.init
         if self.differentiation == "batched":
             params = tuple(p.expand(len(x), *p.shape) for p in params)
-        zeta = tuple(torch.zeros_like(p) for p in params)
+        zeta = self.zero_dual(params)
         yield Step(params)
         for k in range(steps):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not first_order):

@@ -33,7 +33,8 @@ class MetaLearner(nn.Module):
         mirror_map: the geometry; ``maps.Euclidean()`` (MAML) when None.
         lr: alpha, the inner step size, > 0.
         steps: K, the trained horizon: an integer >= 1, or ``(low, high)`` for training over a
-            random horizon, of which evaluation takes ``high``.
+            random horizon: in training mode each ``meta_loss`` draws one, uniformly, from torch's
+            generator; everything else takes ``high``.
         first_order: drop second derivatives (first-order MAML).
         learn_lr: learn a rate for each inner step, starting at ``lr``.
         adapt: name patterns (``fnmatch``) of the parameters that adapt; all when None. The others
@@ -74,13 +75,13 @@ class MetaLearner(nn.Module):
         nonfinite: str = "raise",
     ):
         super().__init__()
-        if not 0 < lr < float("inf"):
+        if not (isinstance(lr, int | float) and 0 < lr < float("inf")):
             raise InputError(f"Invalid {lr=}: pass a finite step size above 0")
-        horizon = (steps, steps) if isinstance(steps, int) else tuple(steps)
-        if len(horizon) != 2 or not 1 <= horizon[0] <= horizon[1]:
+        horizon = tuple(steps) if isinstance(steps, tuple | list) else (steps, steps)
+        whole = all(isinstance(k, int) and not isinstance(k, bool) for k in horizon)
+        if not (whole and len(horizon) == 2 and 1 <= horizon[0] <= horizon[1]):
             raise InputError(f"Invalid {steps=}: pass an integer >= 1 or a pair 1 <= low <= high")
-        if guard not in ("auto", True, False):
-            raise InputError(f"Invalid {guard=}: pass 'auto', True or False")
+        _check_guard(guard)
         if nonfinite not in ("raise", "skip"):
             raise InputError(f"Invalid {nonfinite=}: pass 'raise' or 'skip'")
         mirror_map = Euclidean() if mirror_map is None else mirror_map
@@ -139,7 +140,7 @@ class MetaLearner(nn.Module):
     # Adaptation.
 
     def _runner(self, guard: str | bool | None, steps: int):
-        guard = self.guard if guard is None else guard
+        guard = self.guard if guard is None else _check_guard(guard)
         if guard == "auto" and steps > self.steps:
             return partial(guarded_run, trusted=self.steps)
         return guarded_run if guard is True else InnerLoop.run
@@ -170,7 +171,11 @@ class MetaLearner(nn.Module):
             steps: inner steps; the trained horizon when None.
             guard: overrides the learner's.
 
+        Returns:
+            The adapted model, differentiable back to the meta-parameters.
+
         Raises:
+            InputError: ``steps`` or ``guard`` is out of range.
             NonFiniteLossError: a support loss was not finite (``nonfinite="raise"``).
         """
         steps = self._check_steps(steps)
@@ -196,6 +201,10 @@ class MetaLearner(nn.Module):
 
         Differentiable like ``adapt``, except with the vmap engine and batch norm on batch
         statistics, for which PyTorch's second derivatives are wrong: an error; use ``meta_loss``.
+
+        Raises:
+            InputError: as ``adapt``, or the gradient would be wrong.
+            NonFiniteLossError: as ``adapt``.
         """
         steps = self._check_steps(steps)
         engine = choose_engine(self.engine, self.model, self.mirror_map)
@@ -236,11 +245,15 @@ class MetaLearner(nn.Module):
         Args:
             loss_fn: ``loss_fn(prediction, y)``, a 0-dim tensor.
             support_x, support_y, query_x, query_y: ``(T, n, *)``.
-            steps: inner steps; the trained horizon when None.
+            steps: inner steps; when None the trained horizon, drawn anew where it is a range.
 
         Raises:
+            InputError: ``steps`` is out of range.
             NonFiniteLossError: a loss was not finite (``nonfinite="raise"``), or all were.
         """
+        low, high = self.horizon
+        if steps is None and self.training and low < high:
+            steps = int(torch.randint(low, high + 1, (), device="cpu"))
         steps = self._check_steps(steps)
         engine = choose_engine(self.engine, self.model, self.mirror_map)
 
@@ -277,8 +290,15 @@ class MetaLearner(nn.Module):
             adapt_steps: after how many steps to measure.
             guard: overrides the learner's.
 
-        Non-finite values are reported as they are, not raised: a diverged task is a result.
+        Returns:
+            Metrics and the course of every task. Non-finite values are reported as they are: a
+            diverged task is a result.
+
+        Raises:
+            InputError: ``adapt_steps`` or ``guard`` is out of range.
         """
+        if not adapt_steps:
+            raise InputError(f"Invalid {adapt_steps=}: pass one or more numbers of steps")
         wanted = sorted(set(adapt_steps))
         steps = self._check_steps(wanted[-1])
         self._check_steps(wanted[0])
@@ -344,3 +364,9 @@ class MetaLearner(nn.Module):
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise InputError(f"Invalid {steps=}: pass an integer of at least 0")
         return steps
+
+
+def _check_guard(guard: str | bool) -> str | bool:
+    if guard != "auto" and not isinstance(guard, bool):
+        raise InputError(f"Invalid {guard=}: pass 'auto', True or False")
+    return guard

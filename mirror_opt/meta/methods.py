@@ -62,7 +62,7 @@ def build(
     method: str,
     model: nn.Module,
     *,
-    map_name: str = "kronecker",
+    map_name: str | None = None,
     map_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> MetaLearner:
@@ -71,8 +71,12 @@ def build(
     Args:
         method: a key of ``METHODS``.
         model: the network.
-        map_name, map_options: the mirror map of method ``"mirror"``; ignored by no other: an error.
+        map_name, map_options: the mirror map of method ``"mirror"``, by its name in the registry
+            (``"kronecker"`` when None) and keyword arguments.
         options: keyword arguments of ``MetaLearner``.
+
+    Returns:
+        The learner, with the default map options and inner rate of ``MetaLearner`` unless given.
 
     Raises:
         InputError: unknown method or map, or a map given to a method that has its own.
@@ -84,14 +88,15 @@ def build(
     if method not in METHODS:
         raise InputError(f"no method named {method!r}: choose one of {', '.join(METHODS)}")
     spec = METHODS[method]
-    if spec.map_name is not None and map_options:
+    if spec.map_name is not None and (map_options or map_name not in (None, spec.map_name)):
         raise InputError(
             f"method {method!r} has its own map {spec.map_name!r}: "
-            "leave map_options out, or choose method 'mirror'"
+            "leave map_name and map_options out, or choose method 'mirror'"
         )
     adapt = _head(model) if spec.head_only else None
     params = list(MetaLearner.adapted_parameters(model, adapt).values())
-    mirror_map = maps.create(spec.map_name or map_name, params, **(map_options or {}))
+    name = spec.map_name or map_name or "kronecker"
+    mirror_map = maps.create(name, params, **(map_options or {}))
     return MetaLearner(model, mirror_map, adapt=adapt, **{**spec.options, **options})
 
 

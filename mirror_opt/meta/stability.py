@@ -28,7 +28,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mirror_opt.maps.base import dot
+from mirror_opt.maps.base import dot, learned_dtype
 from mirror_opt.meta.inner import InnerLoop, LossFn, Step
 
 __all__ = ["guarded_run"]
@@ -67,11 +67,12 @@ def guarded_run(
 
     def evaluate(params: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
         with torch.set_grad_enabled(tracked):
-            return inner.gradient(params, loss_fn, x, y)
+            gradient, loss = inner.gradient(params, loss_fn, x, y)
+        return gradient, loss.to(learned_dtype(loss.dtype))  # sizes and bounds leave half's range
 
     start = inner.dual_start()
     params = inner.init
-    zeta = tuple(torch.zeros_like(p) for p in params)
+    zeta = inner.zero_dual(params)
     yield Step(params)
     gradient, loss = evaluate(params)
     size = torch.ones_like(loss.detach())  # a / alpha

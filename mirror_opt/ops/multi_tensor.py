@@ -128,14 +128,14 @@ def separable_step_(
 
     Args:
         params: float32, bfloat16, float16 or float64, of any shape; float64 on the CPU only.
-        grads: shaped as the parameters.
+        grads: shaped as the parameters; float64 beside float64 parameters, else any dtype of less.
         lr: a number or a tensor with one element.
         gains: shaped as the parameters, in the dtype of the coefficients; empty: 1.
         units: coefficients ``(K, C)`` for each parameter, which is seen as ``(C, n)``; float32, or
             float64 beside float64 parameters.
         primal: whether S is grad h; else it is grad h*.
-        buffers: momentum b, changed; needed when ``momentum`` is not 0.
-        anchors: phi_0; empty: 0.
+        buffers: momentum b, changed, in a dtype as of ``grads``; needed when ``momentum`` is not 0.
+        anchors: phi_0, in a dtype as of ``grads``; empty: 0.
         duals: zeta, in the dtype of the coefficients, changed; empty: a stateless step.
         dual_inits: z_0, in the dtype of the coefficients; empty: 0.
         momentum, nesterov, weight_decay, maximize: as in ``optim.MirrorDescent``.
@@ -183,6 +183,14 @@ def separable_step_(
                     f"coefficients and dual state of params[{i}] are {x.dtype}: pass {dtype} for "
                     f"{p.dtype}, and float64 parameters in a list of their own"
                 )
+        for name in ("grads", "buffers", "anchors"):
+            for x in lists[name][i : i + 1]:
+                wider = torch.promote_types(x.dtype, torch.float32)
+                if not x.is_floating_point() or wider != dtype:
+                    raise InputError(
+                        f"{name}[{i}] is {x.dtype}: pass a floating dtype that {dtype} holds, as "
+                        f"beside params[{i}] of {p.dtype}"
+                    )
     device = params[0].device if params else None
     if status is None:
         status = torch.zeros((), dtype=torch.int32, device=device)

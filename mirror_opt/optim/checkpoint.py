@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from mirror_opt.errors import InputError
 from mirror_opt.maps import MirrorMap
-from mirror_opt.optim.options import Group, parameter_name, state_dtype
+from mirror_opt.optim.options import Group, check_options, parameter_name, state_dtype
 from mirror_opt.optim.sharded import placed_as
 
 __all__ = ["adopt", "hide_state", "pack_maps"]
@@ -53,6 +53,7 @@ def adopt(mine: list[Group], groups: list[Group], state: State) -> None:
     maps = [group["mirror_map"] for group in mine]
     for mirror_map, group in zip(maps, groups, strict=True):
         _check_same(mirror_map, group.get("mirror_map"))
+        check_options({**group, "mirror_map": mirror_map})
         for slot, p in enumerate(group["params"]):
             for key, hidden in state.get(p, {}).items():
                 shape = getattr(hidden.value, "shape", None)

@@ -21,6 +21,7 @@ from mirror_opt import backends
 from mirror_opt.backends import cpp, plain
 from mirror_opt.errors import InputError
 from mirror_opt.maps import Euclidean, MirrorMap, SeparableNeural
+from mirror_opt.maps.base import learned_dtype
 from mirror_opt.maps.separable import NeuralUnits, Separable
 from mirror_opt.newton import Status
 from mirror_opt.ops import exceeds
@@ -28,7 +29,7 @@ from mirror_opt.ops.multi_tensor import is_observed, step_lists
 from mirror_opt.optim.options import Group
 from mirror_opt.optim.plan import Lists
 from mirror_opt.optim.sharded import is_sharded, local, on_shards
-from mirror_opt.optim.update import Tensors, as_scalar
+from mirror_opt.optim.update import Tensors, as_scalar, is_zero
 
 __all__ = ["FusedStep", "attempt", "fused_step", "may_fuse", "may_fuse_scaled"]
 
@@ -74,14 +75,13 @@ class FusedStep:
         """0 where the step cannot fail, else 1: 0-dim, on the device of the parameters."""
         group, _, params, *others = self.lists
         read = [x for xs in others for x in xs] + ([] if self.lists.duals else params)
-        lr, half = group["lr"], any(p.dtype == torch.float16 for p in params)
-        if isinstance(lr, Tensor):
-            large = False
-            read += [lr] if lr.device == params[0].device else []
-        else:
-            large = lr * max(1.0, group["weight_decay"]) > _SCALE
-        certain = self.moderate and not half and not large
-        flag = exceeds(read, _BOUND if certain else -1.0)
+        half = any(p.dtype == torch.float16 for p in params)
+        flag = exceeds(read, _BOUND if self.moderate and not half else -1.0)
+        rate = as_scalar(group["lr"]) * _growth(group)
+        if isinstance(rate, Tensor):  # which may be on an accelerator, or on the CPU beside one
+            flag = torch.clamp(flag + (~(rate.abs() <= _SCALE)).float(), max=1.0)
+        elif not abs(rate) <= _SCALE:
+            flag = torch.ones_like(flag)
         # A scale below 1 would make gradients larger than what was read.
         return flag if grad_scale is None else torch.maximum(flag, (grad_scale < 1).to(flag))
 
@@ -104,7 +104,7 @@ class SeparableStep(FusedStep):
         group, slots, params, grads, buffers, anchors, dual_inits, duals = self.lists
         mirror_map = group["mirror_map"]
         gains, w, s, c = self.coefficients.of(slots)
-        lr = group["lr"]
+        lr = as_scalar(group["lr"])
         if not isinstance(lr, Tensor):
             lr = torch.tensor(lr, dtype=torch.float64, device="cpu")  # whatever the default
         status = torch.zeros((), dtype=torch.int32, device=params[0].device)
@@ -165,7 +165,7 @@ def attempt(lists: Lists, grad_scale: Tensor | None) -> Status | None:
     if grad_scale is not None and not grad_scale >= 1:
         return None  # gradients larger than what the library looks at
     table, lr = _coefficients(mirror_map, group["params"]).table, float(group["lr"])
-    if table is None or lr * max(1.0, group["weight_decay"]) > _SCALE:
+    if table is None or not 0 < abs(lr * _growth(group)) <= _SCALE:
         return None
     status = cpp.attempt(
         params, grads, buffers, anchors, duals, dual_inits,
@@ -178,6 +178,12 @@ def attempt(lists: Lists, grad_scale: Tensor | None) -> Status | None:
         return None
     torch.autograd.graph.increment_version((*params, *buffers, *duals))
     return Status(status)
+
+
+def _growth(group: Group) -> float:
+    """What lr is multiplied by at most; NaN for options that are out of range."""
+    decay, momentum = group["weight_decay"], group["momentum"]
+    return max(1.0, decay) if decay >= 0 and 0 <= momentum < 1 else math.nan
 
 
 def may_fuse(group: Group) -> bool:
@@ -202,7 +208,7 @@ def fused_step(lists: Lists, grad_scale: Tensor | None = None) -> FusedStep | No
         InputError: ``fused=True``, and there is none.
     """
     group = lists.group
-    if not may_fuse(group):
+    if not may_fuse(group) or is_zero(group["lr"]):
         return None
     euclidean = isinstance(group["mirror_map"], Euclidean)
     reason = _refusal(lists, _euclidean_refusal if euclidean else _separable_refusal)
@@ -231,6 +237,8 @@ def _euclidean_refusal(lists: Lists, dtypes: set[torch.dtype]) -> str | None:
         return "that of Euclidean keeps no anchor and no dual state"
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
         return "that of Euclidean takes parameters and gradients of float32, or of float64"
+    if lists.params[0].is_meta:
+        return "there is none on the meta device"
     return None
 
 
@@ -243,6 +251,12 @@ def _separable_refusal(lists: Lists, dtypes: set[torch.dtype]) -> str | None:
         return "parameters have changed their shape"
     if torch.float64 in dtypes and len(dtypes) > 1:
         return "float64 and other parameters or gradients are in one group"
+    dtype = learned_dtype(param.dtype)
+    if {g.p.dtype for g in mirror_map.groups} != {dtype}:
+        return f"the map was built for another dtype than {param.dtype}"
+    stored, wide = [*lists.buffers, *lists.anchors], [*lists.duals, *lists.dual_inits]
+    if any(learned_dtype(x.dtype) != dtype for x in stored) or any(x.dtype != dtype for x in wide):
+        return "parameters have changed their dtype since the first step"
     if torch.compiler.is_compiling():
         return None  # the operator chooses its backend when it runs
     units = cast(NeuralUnits, mirror_map.groups[0])

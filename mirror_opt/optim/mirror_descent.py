@@ -170,12 +170,16 @@ class MirrorDescent(Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group of parameters, with options and a ``mirror_map`` of its own.
 
+        A parameter that is repeated in the group is kept once.
+
         Raises:
             InputError: an option or a parameter is out of range. No group was added then.
         """
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        _drop_repeated(group)
         try:
-            check_group(self.param_groups[-1], self.defaults)
+            check_group(group, self.defaults)
         except InputError:
             self.param_groups.pop()
             raise
@@ -476,6 +480,16 @@ class MirrorDescent(Optimizer):
         if loading:
             adopt(self.param_groups, state["param_groups"], state["state"])
         super().__setstate__(state)
+
+
+def _drop_repeated(group: Group) -> None:
+    """Keeps each parameter once; torch has warned of it."""
+    params = group["params"]
+    places = {p: i for i, p in reversed([*enumerate(params)])}
+    if len(places) < len(params):
+        first = sorted(places.values())
+        for name in {"params", "param_names"} & group.keys():
+            group[name] = [group[name][i] for i in first]
 
 
 def _check_not_captured(p: Tensor) -> None:

@@ -114,7 +114,7 @@ def check_group(group: Group, defaults: Group) -> None:
         if group["rounding"] == "stochastic" and p.dtype == torch.float16:
             raise InputError(
                 f"Invalid rounding='stochastic' for {parameter_name(group, slot)}, which is "
-                "float16: pass bfloat16 parameters, or dual_state=True"
+                "float16: pass bfloat16 parameters, or rounding='nearest'"
             )
     check_placements(group["params"])
     if group["differentiable"] and any(map(is_sharded, group["params"])):

@@ -96,10 +96,12 @@ def meshes(params: Iterable[Any]) -> list:
 def agreed(flag: Tensor, meshes: Iterable) -> Tensor:
     """Whether the flag (0-dim bool) is set in every process of the meshes."""
     for mesh in meshes:
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        # As a reduction of DTensors, which torch.compile can trace.
         count = flag.to(mesh.device_type, torch.int32)
-        for group in mesh.get_all_groups():
-            torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MIN, group)
-        flag = count.bool()
+        least = DTensor.from_local(count, mesh, [Partial("min")] * mesh.ndim, run_check=False)
+        flag = least.redistribute(placements=[Replicate()] * mesh.ndim).to_local().bool()
     return flag
 
 

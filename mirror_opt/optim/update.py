@@ -12,7 +12,15 @@ from mirror_opt.maps import MirrorMap
 from mirror_opt.optim.rounding import round_stochastically
 from mirror_opt.optim.sharded import OnShards
 
-__all__ = ["Update", "all_finite", "as_scalar", "mirror_descent", "through", "widened"]
+__all__ = [
+    "Update",
+    "all_finite",
+    "as_scalar",
+    "is_zero",
+    "mirror_descent",
+    "through",
+    "widened",
+]
 
 Tensors = list[Tensor]
 
@@ -63,6 +71,7 @@ def mirror_descent(
         NewtonError: a solve of the map failed.
     """
     add, scale = (_foreach_add, _foreach_scale) if foreach else (_forloop_add, _forloop_scale)
+    unmoved = is_zero(lr) and not differentiable
     lr = as_scalar(lr, differentiable)
     coefficients = mirror_map.coefficients()
 
@@ -84,6 +93,8 @@ def mirror_descent(
         new_buffers = add(scale(buffers, momentum), directions)
         directions = add(directions, new_buffers, momentum) if nesterov else new_buffers
 
+    if unmoved:  # to the last bit, as a way through the map and back would not leave them
+        return Update(params, new_buffers, duals)
     zs = duals
     if weight_decay != 0 or not duals:
         # Autograd keeps the point, which must not be the parameter that is overwritten.
@@ -143,13 +154,24 @@ def _as_dtype_of(likes: Tensors, xs: Tensors) -> Tensors:
 def as_scalar(lr: float | Tensor, differentiable: bool = False) -> float | Tensor:
     """The rate as a number where it may be read, else as a 0-dim tensor."""
     if not isinstance(lr, Tensor):
-        return lr
+        # A product with a tensor is what torch.compile can keep a number a variable for; as an
+        # option of an operator it would be a constant, and every new rate compiled again.
+        compiling = torch.compiler.is_compiling()
+        return lr * torch.ones((), dtype=torch.float64, device="cpu") if compiling else lr
     # A number is faster and rounds as in SGD. It stays a tensor where reading it would synchronise,
     # or cut the graph of autograd or of a compiled step.
     recorded = differentiable and lr.requires_grad
     if lr.device.type == "cpu" and not recorded and not torch.compiler.is_compiling():
         return lr.item()
     return lr.reshape(())
+
+
+def is_zero(lr: float | Tensor) -> bool:
+    """Whether the rate is known to be 0 without a synchronisation or a cut graph."""
+    if torch.compiler.is_compiling():
+        return False  # a comparison would make the rate a constant
+    lr = as_scalar(lr)
+    return not isinstance(lr, Tensor) and lr == 0
 
 
 def _forloop_add(xs: Tensors, ys: Tensors, alpha: float | Tensor = 1) -> Tensors:
@@ -164,9 +186,11 @@ def _forloop_scale(xs: Tensors, factor: float | Tensor) -> Tensors:
 
 def _foreach_add(xs: Tensors, ys: Tensors, alpha: float | Tensor = 1) -> Tensors:
     if isinstance(alpha, Tensor):
-        return list(torch._foreach_add(xs, torch._foreach_mul(ys, alpha)))
+        return list(torch._foreach_add(xs, _foreach_scale(ys, alpha)))
     return list(torch._foreach_add(xs, ys, alpha=alpha))
 
 
 def _foreach_scale(xs: Tensors, factor: float | Tensor) -> Tensors:
+    if isinstance(factor, Tensor) and xs and factor.device != xs[0].device:
+        return _forloop_scale(xs, factor)  # only single operations take one that lies elsewhere
     return list(torch._foreach_mul(xs, factor))

@@ -226,7 +226,7 @@ def build(config: RunConfig, *, download: bool = False) -> tuple[TaskFamily, Met
         learner = meta.build(
             config.method,
             model,
-            map_name=config.map or "",  # none where the method has its own
+            map_name=config.map,
             map_options=config.map_options,
             lr=config.lr,
             steps=low if low == high else (low, high),

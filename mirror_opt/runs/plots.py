@@ -21,7 +21,7 @@ from mirror_opt.fewshot import Episodes, TaskFamily
 from mirror_opt.maps import Profile
 from mirror_opt.meta import MetaLearner, NonFiniteLossError
 from mirror_opt.runs import results
-from mirror_opt.runs.config import RunConfig
+from mirror_opt.runs.config import GUARDS, RunConfig
 from mirror_opt.runs.directory import HISTORY, RESULTS, read_json, write_bytes
 from mirror_opt.runs.evaluate import load_run, method_dirs
 from mirror_opt.runs.options import counted
@@ -317,7 +317,11 @@ def _predict(trained: Trained, batch: Episodes, x: Tensor, steps: int) -> Tensor
     try:
         with torch.no_grad():
             adapted = learner.adapt_batch(
-                task.loss_fn, batch.support_x, batch.support_y, steps=steps
+                task.loss_fn,
+                batch.support_x,
+                batch.support_y,
+                steps=steps,
+                guard=GUARDS[config.guard],
             )
             return adapted(x.to(config.device)).cpu()
     except NonFiniteLossError:
