@@ -73,6 +73,21 @@ def test_one_graph_serves_a_schedule(name, map_options, options):
     assert counter.frame_count == 1
 
 
+def test_a_schedule_of_numbers_is_compiled_twice():
+    # Once for the first rate, and once for all others, as torch does with numbers that change.
+    p = torch.ones(3, requires_grad=True)
+    optimizer = MirrorDescent([p], lr=0.1)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(optimizer.step, backend=counter)
+    for _ in range(5):
+        p.grad = torch.ones(3)
+        step()
+        schedule.step()
+    torch.testing.assert_close(p.detach(), torch.full((3,), 1 - 0.1 * (2 - 0.5**4)))
+    assert counter.frame_count == 2
+
+
 def test_a_compiled_step_skips_by_default():
     p = torch.ones(2, requires_grad=True)
     optimizer = MirrorDescent([p], lr=torch.tensor(0.1))

@@ -64,8 +64,33 @@ def test_errors_of_the_base_class_stay():
         MirrorDescent(p)
     with pytest.raises(ValueError, match="more than one parameter group"):
         MirrorDescent([{"params": p}, {"params": p}])
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": False}, {"foreach": True}], ids=str)
+def test_a_repeated_parameter_is_stepped_once(options):
+    p, q = parameter(1.0), parameter(1.0)
     with pytest.warns(UserWarning, match="duplicate parameters"):
-        MirrorDescent([p, p])
+        repeated = MirrorDescent([p, p], lr=0.1, momentum=0.9, **options)
+    once = MirrorDescent([q], lr=0.1, momentum=0.9, **options)
+    for _ in range(2):
+        for x, optimizer in ((p, repeated), (q, once)):
+            x.grad = torch.ones_like(x)
+            optimizer.step()
+    assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
+@pytest.mark.parametrize("options", [{}, {"dual_state": True}], ids=str)
+def test_a_rate_of_zero_leaves_every_bit(lr, options):
+    for name in maps.REGISTRY:
+        params = start(name, {}, torch.float32)
+        before = [p.detach().clone() for p in params]
+        mirror_map = learned(name, params, {})
+        optimizer = MirrorDescent(params, lr=lr, mirror_map=mirror_map, weight_decay=0.1, **options)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert same([p.detach() for p in params], before)
 
 
 @pytest.mark.parametrize("name", ["differentiable", "nonfinite"])

@@ -120,7 +120,7 @@ class InnerLoop:
                 moved = [p + d for p, d in zip(self.init, delta, strict=True)]
             else:
                 moved = [z + d for z, d in zip(start, zeta, strict=True)]
-                moved = self.mirror_map.inverse(moved, self.coefficients)
+                moved = list(self.mirror_map.inverse(moved, self.coefficients))
             return tuple(m.to(p.dtype) for m, p in zip(moved, self.init, strict=True))
 
         return self._each(one, tuple(zeta))
