@@ -284,19 +284,6 @@ def agreeing_takes_one_reduction(world, folder):
 
 
 @check
-def a_compiled_step_agrees_too(world, folder):
-    torch._dynamo.reset()
-    case = pair("hypentropy", {}, mesh(world), [Shard(0)], lr=0.05)
-    plain, shards, one, other = case
-    compiled = torch.compile(other.step, backend="aot_eager")
-    for k in range(2):
-        give(k, plain, shards)
-        one.step()
-        compiled()
-    close(plain, [q.detach() for q in shards])
-
-
-@check
 def a_partial_gradient_is_reduced(world, folder):
     (p,), (q,), one, other = pair("euclidean", {}, mesh(world), [Shard(0)], ((4, 2),), lr=0.1)
     p.grad = torch.full_like(p, float(world))
