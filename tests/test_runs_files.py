@@ -16,6 +16,7 @@ STATE = {
     "iteration": 2,
     "learner": {"weight": torch.arange(6.0).view(2, 3)},
     "optimizer": {"state": {0: {"step": torch.tensor(2.0)}}, "param_groups": [{"lr": 0.1}]},
+    "recovery": {},
     "losses": torch.tensor([2.0, 1.0], dtype=torch.float64),
     "seconds": 0.5,
 }
