@@ -69,7 +69,7 @@ def test_one_flipped_bit_in_a_tensor(path):
 
 
 def test_checkpoint_that_would_run_code(path):
-    torch.save({"format": "mirror_opt.run", "version": 1, "run": os.system}, path)
+    torch.save({"format": "mirror_opt.run", "version": 2, "run": os.system}, path)
     refused(path, "damaged")
 
 
@@ -83,8 +83,8 @@ def test_checkpoint_of_another_version(path):
     [
         [1, 2],
         {"weight": torch.zeros(2)},
-        {"format": "mirror_opt.run", "version": 1, **STATE, "losses": None},
-        {"format": "mirror_opt.run", "version": 1, "config": {}},
+        {"format": "mirror_opt.run", "version": 2, **STATE, "losses": None},
+        {"format": "mirror_opt.run", "version": 2, "config": {}},
     ],
 )
 def test_file_of_something_else(path, content):
