@@ -277,10 +277,29 @@ def a_map_gathers_what_it_couples_and_no_more(world, folder):
 def agreeing_takes_one_reduction(world, folder):
     case = pair("hypentropy", {}, mesh(world), [Shard(0)], lr=0.05)
     step(0, *case)
-    give(1, *case[:2])
-    with CommDebugMode() as counted:
-        case[-1].step()
-    assert counted.get_total_counts() == 1
+    operators = []
+    reduce = dist.all_reduce
+
+    def counted(*args, **kwargs):
+        operators.append(args[0].numel())
+        return reduce(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counted)
+        step(1, *case)
+    assert operators == [1]
+
+
+@check
+def a_compiled_step_is_that_of_one_process(world, folder):
+    torch._dynamo.reset()
+    plain, shards, one, other = pair("hypentropy", {}, mesh(world), [Shard(0)], lr=0.05)
+    compiled = torch.compile(other.step, backend="aot_eager")
+    for k in range(2):
+        give(k, plain, shards)
+        one.step()
+        compiled()
+    close([p.detach() for p in plain], [q.detach() for q in shards])
 
 
 @check

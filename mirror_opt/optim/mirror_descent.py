@@ -208,8 +208,11 @@ class MirrorDescent(Optimizer):
         return loss
 
     def _step(self) -> None:
-        policy = self._nonfinite_policy()
         shared = meshes(p for group in self.param_groups for p in group["params"])
+        if shared and torch.compiler.is_compiling():
+            # Traced, the shards do not end where they do eagerly.
+            return self._step_outside_graphs()
+        policy = self._nonfinite_policy()
         grad_scale, stop = self._from_scaler(shared)
         if stop is not None and self._may_read(stop, policy):
             if stop:
@@ -250,6 +253,10 @@ class MirrorDescent(Optimizer):
             found_inf = stop if found_inf is None else torch.maximum(found_inf, stop.to(found_inf))
         for step in filter(None, fused):
             self._check(step.take(found_inf, grad_scale))
+
+    @torch.compiler.disable
+    def _step_outside_graphs(self) -> None:
+        self._step()
 
     @staticmethod
     def _check(status: Status | None) -> None:

@@ -95,18 +95,11 @@ def meshes(params: Iterable[Any]) -> list:
 
 def agreed(flag: Tensor, meshes: Iterable) -> Tensor:
     """Whether the flag (0-dim bool) is set in every process of the meshes."""
-    meshes = list(meshes)
-    return _reduced(flag, meshes) if meshes else flag
-
-
-@torch.compiler.disable  # a break in a compiled graph: traced, the reduction is not to be relied on
-def _reduced(flag: Tensor, meshes: list) -> Tensor:
     for mesh in meshes:
-        from torch.distributed.tensor import DTensor, Partial, Replicate
-
         count = flag.to(mesh.device_type, torch.int32)
-        least = DTensor.from_local(count, mesh, [Partial("min")] * mesh.ndim, run_check=False)
-        flag = least.redistribute(placements=[Replicate()] * mesh.ndim).to_local().bool()
+        for group in mesh.get_all_groups():
+            torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MIN, group)
+        flag = count.bool()
     return flag
 
 
