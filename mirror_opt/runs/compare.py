@@ -1,5 +1,6 @@
 r"""Comparison: several methods, the same initialisation, tasks and budget, one table."""
 
+import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -56,7 +57,8 @@ def open_comparison(
         configs = [RunConfig.from_dict(one, out / CONFIG) for one in values["methods"].values()]
         for config in configs:
             config.check_same(_for(config.method, given), out)
-        return configs
+        moved = {"data_dir": given["data_dir"]} if "data_dir" in given else {}
+        return [dataclasses.replace(config, **moved) for config in configs]
     if resume:
         _log.warning("%s: no comparison to go on with, starting one", out)
     methods = METHODS if methods is None else methods

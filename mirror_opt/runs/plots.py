@@ -1,5 +1,6 @@
 r"""The pictures of a run, drawn from its saved rows and checkpoints: nothing is trained here."""
 
+import collections
 import contextlib
 import io
 import math
@@ -105,21 +106,20 @@ def draw(out: str | os.PathLike, *, data_dir: str | os.PathLike | None = None) -
 
 
 def adaptation(rows: list[dict[str, Any]]) -> Figure:
-    r"""The metric against adaptation steps, one line a method, bands of 95%.
+    r"""The metric against adaptation steps, one line a method and setting, bands of 95%.
 
     A step after which a task diverged is marked with a cross at the edge of the axes.
     """
     percent = rows[0]["metric"] == "accuracy"
     figure = Figure(figsize=(6, 4))
     axes = figure.add_subplot()
-    lines: dict[tuple, list[dict[str, Any]]] = {}
-    for row in rows:
-        lines.setdefault((results.label(row), row["guard"]), []).append(row)
-    guards = {guard for _, guard in lines}
-    for (name, guard), line in lines.items():
+    drawn: collections.Counter[str] = collections.Counter()
+    for name, line in results.lines(rows).items():
         line = sorted(line, key=lambda row: row["adapt_steps"])
         colour = _COLOURS.get(line[0]["method"])
-        label = f"{name}, guard {guard}" if len(guards) > 1 else name
+        method = results.label(line[0])
+        style = ("-", "--", ":", "-.")[drawn[method] % 4]
+        drawn[method] += 1
         known = [row for row in line if row["mean"] is not None]
         scale = 100 if percent else 1
         steps = np.array([row["adapt_steps"] for row in known])
@@ -131,9 +131,9 @@ def adaptation(rows: list[dict[str, Any]]) -> Figure:
         axes.plot(
             steps,
             mean,
-            "--" if guard == "off" else "-",
+            style,
             color=colour,
-            label=label,
+            label=name,
             marker="o",
             markersize=4,
         )
@@ -156,7 +156,7 @@ def adaptation(rows: list[dict[str, Any]]) -> Figure:
     else:
         axes.set_ylabel("query MSE")
         _log(axes)
-    axes.set_title(results.setting(rows[0]))
+    axes.set_title(results.setting(rows))
     axes.legend()
     return figure
 

@@ -1,6 +1,7 @@
 r"""Result rows: what was measured, with what, as one JSON list; and the table that is printed."""
 
 import datetime
+import json
 import math
 import platform
 from collections.abc import Iterable
@@ -13,9 +14,9 @@ import torch
 from mirror_opt.errors import InputError
 from mirror_opt.runs.config import RunConfig
 from mirror_opt.runs.directory import read_json, write_json
-from mirror_opt.runs.options import counted
+from mirror_opt.runs.options import counted, shown
 
-__all__ = ["ROW", "label", "merge", "read", "rows", "setting", "table", "versions"]
+__all__ = ["ROW", "find", "label", "lines", "merge", "read", "rows", "setting", "table", "versions"]
 
 ROW = (
     "method",
@@ -35,6 +36,9 @@ ROW = (
     "seconds",
     "seed",
     "map",
+    "map_options",
+    "task_options",
+    "data",
     "guard",
     "mirror_opt",
     "torch",
@@ -47,7 +51,10 @@ ROW = (
 _KEY = (
     "method",
     "map",
+    "map_options",
     "task",
+    "task_options",
+    "data",
     "ways",
     "shots",
     "queries",
@@ -61,6 +68,8 @@ _KEY = (
     "seed",
     "guard",
 )
+# What a label says of a row already, and what runs along a line of a table or a picture.
+_NAMED = ("method", "map", "adapt_steps")
 
 
 def versions(device: str) -> dict[str, str]:
@@ -98,36 +107,50 @@ def rows(
         Rows with the keys :data:`ROW`; ``ci95`` is :math:`1.96\, s / \sqrt{n}` over the tasks.
         A mean that is not finite (a task diverged) is None, and so is its interval.
     """
+    measured = _measured(config, metric, iterations, split)
     found = versions(config.device)
     made = []
     for step, values in trace.items():
         values = values.double()
         mean = float(values.mean())
         finite = math.isfinite(mean)
-        ci95 = 1.96 * float(values.std()) / math.sqrt(len(values)) if finite else None
         row = {
-            "method": config.method,
-            "task": config.task,
-            "ways": config.ways,
-            "shots": config.shots,
-            "queries": config.queries,
-            "filters": config.filters,
-            "train_steps": config.train_steps,
+            **measured,
             "adapt_steps": step,
-            "split": split,
-            "metric": metric,
             "mean": mean if finite else None,
-            "ci95": ci95,
+            "ci95": 1.96 * float(values.std()) / math.sqrt(len(values)) if finite else None,
             "test_tasks": len(values),
-            "iterations": iterations,
             "seconds": round(seconds, 2),
-            "seed": config.seed,
-            "map": config.map,
-            "guard": config.guard,
             **found,
         }
-        made.append(row)
+        made.append({name: row[name] for name in ROW})
     return made
+
+
+def _measured(config: RunConfig, metric: str, iterations: int, split: str) -> dict[str, Any]:
+    """What rows of a run have in common, of :data:`_KEY`."""
+    from_config = (name for name in _KEY if name in config.to_dict())
+    data = None if config.data_dir is None else Path(config.data_dir).resolve().name
+    return {
+        **{name: getattr(config, name) for name in from_config},
+        "data": data,
+        "metric": metric,
+        "iterations": iterations,
+        "split": split,
+    }
+
+
+def find(
+    path: str | Path, config: RunConfig, metric: str, split: str = "test"
+) -> list[dict[str, Any]]:
+    r"""The rows of the finished run ``config`` in the file at ``path``, if it has all of them.
+
+    Rows of an earlier iteration, or measured otherwise, are not meant. Empty where a step lacks.
+    """
+    measured = _measured(config, metric, config.iterations, split)
+    wanted = [_key(measured | {"adapt_steps": step}) for step in config.adapt_steps]
+    there = {_key(row): row for row in read(path)} if Path(path).exists() else {}
+    return [there[key] for key in wanted] if all(key in there for key in wanted) else []
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
@@ -149,8 +172,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 def merge(path: str | Path, new: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     r"""Adds rows to the file at ``path``; those measured again replace the old. Returns all."""
     old = read(path) if Path(path).exists() else []
-    by_key = {tuple(row[name] for name in _KEY): row for row in (*old, *new)}
-    merged = list(by_key.values())
+    merged = list({_key(row): row for row in (*old, *new)}.values())
     write_json(path, merged)
     return merged
 
@@ -160,36 +182,74 @@ def label(row: dict[str, Any]) -> str:
     return f"{row['method']} ({row['map']})" if row["map"] else row["method"]
 
 
-def setting(row: dict[str, Any]) -> str:
-    r"""What a row was measured on, as titles say it."""
-    ways = f"{row['ways']}-way " if row["ways"] else ""
-    trained = counted(row["train_steps"], "step")
-    return f"{row['task']}, {ways}{row['shots']}-shot, trained at {trained}"
+def lines(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    r"""Rows that differ in nothing but the adaptation step, under names that tell them apart.
+
+    Example:
+        >>> from mirror_opt.runs.config import RunConfig
+        >>> made = []
+        >>> for guard in ("auto", "off"):
+        ...     config = RunConfig.create("sinusoid", "maml", guard=guard, device="cpu")
+        ...     made += rows(config, "mse", {0: torch.ones(2), 1: torch.zeros(2)}, 10, 1.0)
+        >>> [(name, len(line)) for name, line in lines(made).items()]
+        [('maml, guard auto', 2), ('maml, guard off', 2)]
+    """
+    by_key: dict[tuple, list[dict[str, Any]]] = {}
+    for row in found:
+        by_key.setdefault(_key(row | {"adapt_steps": None}), []).append(row)
+    named = {}
+    for line in by_key.values():
+        rivals = [other[0] for other in by_key.values() if label(other[0]) == label(line[0])]
+        told = [
+            f"{name.replace('_', ' ')} {shown(line[0][name]) or 'none'}"
+            for name in _KEY
+            if name not in _NAMED and any(other[name] != line[0][name] for other in rivals)
+        ]
+        named[", ".join([label(line[0]), *told])] = line
+    return named
+
+
+def setting(found: list[dict[str, Any]]) -> str:
+    r"""What rows were measured on, as titles say it: as far as it is the same for all of them."""
+
+    def same(name: str) -> Any:
+        values = [row[name] for row in found]
+        return values[0] if all(value == values[0] for value in values) else None
+
+    ways, shots, trained = same("ways"), same("shots"), same("train_steps")
+    parts = [
+        same("task"),
+        " ".join([f"{ways}-way"] * bool(ways) + [f"{shots}-shot"] * bool(shots)),
+        trained and f"trained at {counted(trained, 'step')}",
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    r"""A text table, methods by adaptation steps, of mean ± ci95.
-
-    Accuracies are in percent. Rows of one method under two guards become two lines.
-    """
+    r"""A text table, methods by adaptation steps, of mean ± ci95; accuracies are in percent."""
     first = found[0]
     percent = first["metric"] == "accuracy"
     steps = sorted({row["adapt_steps"] for row in found})
-    guards = {row["guard"] for row in found}
-    lines: dict[str, dict[int, str]] = {}
-    for row in found:
-        name = label(row) + (f", guard {row['guard']}" if len(guards) > 1 else "")
-        lines.setdefault(name, {})[row["adapt_steps"]] = _cell(row, percent)
-    width = max(len(name) for name in (*lines, "adaptation steps"))
-    cell = max(len(text) for line in lines.values() for text in line.values())
+    cells = {
+        name: {row["adapt_steps"]: _cell(row, percent) for row in line}
+        for name, line in lines(found).items()
+    }
+    width = max(len(name) for name in (*cells, "adaptation steps"))
+    cell = max(len(text) for line in cells.values() for text in line.values())
     head = "  ".join([f"{'adaptation steps':{width}}", *(f"{step:>{cell}}" for step in steps)])
     body = [
         "  ".join([f"{name:{width}}", *(f"{line.get(step, ''):>{cell}}" for step in steps)])
-        for name, line in lines.items()
+        for name, line in cells.items()
     ]
     metric = "query accuracy in %" if percent else "query MSE"
-    title = f"{setting(first)}: {metric}, mean ± 95% interval over {first['test_tasks']} tasks"
+    tasks = {row["test_tasks"] for row in found}
+    over = f"{tasks.pop()} tasks" if len(tasks) == 1 else "tasks"
+    title = f"{setting(found)}: {metric}, mean ± 95% interval over {over}"
     return "\n".join([title, head, *body])
+
+
+def _key(row: dict[str, Any]) -> tuple:
+    return tuple(json.dumps(row[name], sort_keys=True) for name in _KEY)
 
 
 def _cell(row: dict[str, Any], percent: bool) -> str:

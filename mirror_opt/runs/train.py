@@ -224,10 +224,8 @@ def train(
         )
     losses = [None if math.isnan(loss) else loss for loss in training.losses]
     write_json(out / HISTORY, {"loss": losses, "skipped": training.skipped})
-    if (out / RESULTS).exists():
-        found = [row for row in results.read(out / RESULTS) if row["split"] == split]
-        if found:
-            return found
+    if found := results.find(out / RESULTS, config, task.metric, split):
+        return found
     trace = evaluate(learner, task, config, split=split)
     found = results.rows(config, task.metric, trace, config.iterations, training.seconds, split)
     results.merge(out / RESULTS, found)
