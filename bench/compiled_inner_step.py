@@ -16,8 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from fewshot import revision
-from results import add_rows
+from results import add_rows, revision
 from torch.nn import functional as F
 
 from mirror_opt.fewshot import make_task

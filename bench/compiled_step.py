@@ -12,8 +12,7 @@ import statistics
 import time
 
 import torch
-from fewshot import revision
-from results import add_rows
+from results import add_rows, revision
 from torch import nn
 from torch.nn import functional as F
 

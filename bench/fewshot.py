@@ -12,13 +12,12 @@ pictures from the rows.
 import argparse
 import itertools
 import math
-import subprocess
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from results import add_rows, read_rows
+from results import add_rows, read_rows, revision
 
 from mirror_opt.runs.config import RunConfig
 from mirror_opt.runs.directory import HISTORY, read_json
@@ -93,7 +92,7 @@ STUDIES = {
     "omniglot-5": Study(
         {**_OMNIGLOT, "iterations": 300, "train_steps": 5},
         init_lrs=(3e-3,),
-        map_lrs=(3e-3, 1e-2, 3e-2),
+        map_lrs=(1e-3, 3e-3, 1e-2, 3e-2),
         search=_VALIDATION,
     ),
     "glyphs-1": Study(
@@ -150,12 +149,6 @@ def best_rates(name: str, variant: str) -> dict[str, float]:
     return {"init_lr": best["init_lr"], "map_lr": best["map_lr"]}
 
 
-def revision() -> str:
-    """The git revision that ran, with a mark when the tree had changes."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def key(variant: str, stage: str, config: RunConfig) -> tuple:
     return (stage, variant, config.init_lr, config.map_lr, config.seed)
 
@@ -189,9 +182,6 @@ def main() -> None:
             "lr": config.lr,
             "init_lr": config.init_lr,
             "map_lr": config.map_lr,
-            "queries": config.queries,
-            "filters": config.filters,
-            "map_options": config.map_options,
             "skipped": history["skipped"],
             "revision": revision(),
         }

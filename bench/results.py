@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +26,9 @@ def add_rows(name: str, rows: list[dict[str, Any]]) -> None:
         temporary = RESULTS / f".{name}.tmp"
         temporary.write_text(text)
         temporary.replace(RESULTS / f"{name}.json")
+
+
+def revision() -> str:
+    """The git revision that ran, with a mark when the tree had changes."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -13,8 +13,8 @@ import argparse
 import tempfile
 
 import torch
-from fewshot import STUDIES, VARIANTS, best_rates, revision
-from results import add_rows, read_rows
+from fewshot import STUDIES, VARIANTS, best_rates
+from results import add_rows, read_rows, revision
 
 from mirror_opt.runs.config import RunConfig
 from mirror_opt.runs.evaluate import load_run

@@ -30,8 +30,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from fewshot import revision
-from results import add_rows
+from results import add_rows, revision
 from steps import LR, MODELS, Problem, compiled, formula, make_problem, optimizer_step, residual
 
 from mirror_opt import MirrorDescent, backends, maps

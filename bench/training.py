@@ -16,9 +16,8 @@ from typing import NamedTuple
 
 import problems
 import torch
-from fewshot import revision
 from problems import Problem
-from results import add_rows, read_rows
+from results import add_rows, read_rows, revision
 from torch import nn
 
 from mirror_opt import MirrorDescent, maps, meta

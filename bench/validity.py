@@ -16,8 +16,8 @@ import json
 import tempfile
 
 import torch
-from fewshot import STUDIES, revision
-from results import add_rows, read_rows
+from fewshot import STUDIES
+from results import add_rows, read_rows, revision
 
 from mirror_opt import maps
 from mirror_opt.maps.base import dot
