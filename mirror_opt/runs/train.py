@@ -217,7 +217,7 @@ def train(
     _loop(training, out / CHECKPOINT, save_every)
     if training.skipped:
         _log.warning(
-            "%s: %d of %d iterations diverged and were taken back",
+            "%s: %d of %d iterations were left out: not finite, or far from the usual",
             config.label,
             training.skipped,
             config.iterations,
