@@ -149,8 +149,9 @@ def best_rates(name: str, variant: str) -> dict[str, float]:
     return {"init_lr": best["init_lr"], "map_lr": best["map_lr"]}
 
 
-def key(variant: str, stage: str, config: RunConfig) -> tuple:
-    return (stage, variant, config.init_lr, config.map_lr, config.seed)
+def key(stage: str, variant: str, init_lr: float, map_lr: float, seed: int) -> tuple:
+    """Which run it is; without parameters of a map their rate is no part of it."""
+    return (stage, variant, init_lr, None if variant == "maml" else map_lr, seed)
 
 
 def main() -> None:
@@ -166,10 +167,11 @@ def main() -> None:
     split = "val" if arguments.stage == "search" else "test"
     for i, (variant, config) in enumerate(runs(arguments.study, arguments.stage, arguments.only)):
         done = {
-            (r["stage"], r["variant"], r["init_lr"], r["map_lr"], r["seed"])
+            key(r["stage"], r["variant"], r["init_lr"], r["map_lr"], r["seed"])
             for r in read_rows(file)
         }
-        if i % workers != worker or key(variant, arguments.stage, config) in done:
+        mine = key(arguments.stage, variant, config.init_lr, config.map_lr, config.seed)
+        if i % workers != worker or mine in done:
             continue
         if arguments.data_dir:
             config = RunConfig(**{**vars(config), "data_dir": arguments.data_dir})

@@ -50,12 +50,13 @@ def measure(variant: str, seed: int, options: dict, rates: dict) -> list[dict]:
     batch = task.sample("test", 0, TASKS)
     rows = []
     for guard, value in GUARDS.items():
+        # A step's own loss is known before the next: one more shows what the last one did.
+        steps = (*STEPS, STEPS[-1] + 1)
         result = learner.evaluate(
-            task.loss_fn, task.metric_fn, *batch, adapt_steps=STEPS, guard=value
+            task.loss_fn, task.metric_fn, *batch, adapt_steps=steps, guard=value
         )
         uphill = (result.slopes > 0).float().mean(0)
         trusted = {"none": None, "past the trained steps": 1, "every step": 0}[guard]
-        # The last loss is that before step 100: the rise of step 99 is the last one seen.
         losses = result.losses if trusted is None else result.losses[:, trusted:]
         for step in STEPS:
             metric = result.metrics[step]

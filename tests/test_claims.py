@@ -5,7 +5,7 @@ import torch
 
 from mirror_opt import maps
 from mirror_opt.maps.base import dot
-from mirror_opt.runs.config import RunConfig
+from mirror_opt.runs.config import RunConfig, build
 from mirror_opt.runs.evaluate import load_run
 from mirror_opt.runs.train import train
 
@@ -37,16 +37,27 @@ def test_images_one_step_of_the_learned_map(tmp_path):
     assert mirror[1] > maml[1] + 0.05
 
 
-@pytest.mark.parametrize("map_options", [{"terms": 1}, {"terms": 2}, {"eps": 0.0}], ids=str)
-def test_the_trained_map_is_a_valid_distance(tmp_path, map_options):
-    options = {**SINUSOID, "iterations": 10, "test_tasks": 2, "map_options": map_options}
-    train(RunConfig.create("sinusoid", "mirror", **options), tmp_path)
+LEARNED = [
+    (name, options)
+    for name, cls in maps.REGISTRY.items()
+    if cls.is_dgf and cls.owns_tensors
+    for options in cls.variants
+]
+
+
+@pytest.mark.parametrize(("name", "map_options"), LEARNED, ids=str)
+def test_the_trained_map_is_a_valid_distance(tmp_path, name, map_options):
+    options = {**SINUSOID, "iterations": 10, "test_tasks": 2, "adapt_steps": (5,)}
+    mirror_map = maps.create(name, [torch.zeros(2, 2)], **map_options)
+    if not mirror_map.inverse_is_batchable:  # each step is a solve of many, over all entries
+        options |= {"iterations": 3, "tasks_per_batch": 2}
+    config = RunConfig.create("sinusoid", "mirror", map=name, map_options=map_options, **options)
+    train(config, tmp_path)
     _, task, learner, _ = load_run(tmp_path)
+    _, untrained = build(config)
     mirror_map = learner.mirror_map
-    assert isinstance(mirror_map, maps.KroneckerNeural)
-    factors = [p for name, p in mirror_map.named_parameters() if "factors" in name]
-    moved = max(p.abs().max().item() for p in factors)
-    assert moved > 1e-3
+    pairs = zip(mirror_map.parameters(), untrained.mirror_map.parameters(), strict=True)
+    assert torch.cat([(a - b).flatten() for a, b in pairs]).abs().max() > 1e-3
     batch = task.sample("val", 0, 2)
     with torch.no_grad():
         points = [
