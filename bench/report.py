@@ -13,6 +13,7 @@ import sys
 
 from reports import (  # noqa: F401  # they register
     cost,
+    defaults,
     fewshot,
     stability,
     step_cpu,
