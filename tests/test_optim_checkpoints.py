@@ -1,7 +1,9 @@
 """MirrorDescent saved, loaded and copied: it goes on as if it had not stopped."""
 
 import copy
+import functools
 import io
+import operator
 import pickle
 
 import pytest
@@ -147,6 +149,117 @@ def test_checkpoint_from_before_an_option_existed():
     assert (group["maximize"], group["dual_state"], group["anchor"]) == (False, None, "auto")
     assert group["nonfinite"] == "skip"
     descend(other, [p], 1)
+
+
+def test_checkpoint_from_before_maps_had_a_version():
+    optimizer = trained(lambda p: maps.SeparableNeural(p, units=2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert saved["param_groups"][0]["mirror_map"].pop("version") == 1
+    other = trained(lambda p: maps.SeparableNeural(p, units=2), 3.0, 4.0)
+    other.load_state_dict(saved)
+    p, q = (o.param_groups[0]["params"][0] for o in (optimizer, other))
+    q.data.copy_(p.detach())
+    for o in (optimizer, other):
+        descend(o, o.param_groups[0]["params"], 2)
+    assert same(snapshot(other), snapshot(optimizer))
+
+
+def everything(optimizer):
+    """All that loading may change, as text and copies."""
+    packed = copy.deepcopy(optimizer.state_dict())
+    tensors = [t for g in packed["param_groups"] for t in g["mirror_map"].pop("state").values()]
+    return repr(packed["param_groups"]), [*tensors, *snapshot(optimizer)]
+
+
+def replaced(saved, path, value):
+    """A copy of nested dicts and lists with another value at a place."""
+    if not path:
+        return value
+    parts = copy.copy(saved)
+    parts[path[0]] = replaced(saved[path[0]], path[1:], value)
+    return parts
+
+
+def places(value, path=()):
+    """The paths to all parts of nested dicts and lists, and to the whole."""
+    yield path
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*path, key))
+
+
+GROUP = ("param_groups", 0)
+MAP = (*GROUP, "mirror_map")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ((), [1], "checkpoint's state dict is of type list, not dict"),
+        (("state",), None, "checkpoint's state is of type NoneType"),
+        (("state", 0), [1], "state of parameter 0 is of type list"),
+        (("state", 0, "dual"), 1.5, "dual of parameter 'w' is of type float, not Tensor"),
+        (("state", 0, "dual"), torch.ones(2, dtype=torch.int32), "dual .* is of torch.int32"),
+        (("param_groups",), {}, "param_groups is of type dict, not list"),
+        (GROUP, None, "group 0 is of type NoneType"),
+        ((*GROUP, "params"), 0, "params of group 0 is of type int, not list"),
+        ((*GROUP, "params", 0), [0], "id of a parameter of group 0 is of type list, not int or st"),
+        ((*GROUP, "param_names"), "w", "param_names is of type str"),
+        ((*GROUP, "param_names"), [], "0 param_names for 1 parameters"),
+        ((*GROUP, "param_names", 0), 7, "name of a parameter is of type int"),
+        ((*GROUP, "lr"), "0.1", "Invalid lr='0.1'"),
+        ((*GROUP, "momentum"), None, "Invalid momentum=None"),
+        ((*GROUP, "anchor"), [1], r"Invalid anchor=\[1\]"),
+        (MAP, [1], "mirror_map is of type list, not dict: load what MirrorDescent.state_dict"),
+        ((*MAP, "version"), 2, "is of version 2, this mirror_opt reads 1: use the mirror_opt that"),
+        ((*MAP, "version"), "1", "version of the mirror_map is of type str"),
+        ((*MAP, "name"), None, "name of the mirror_map is of type NoneType"),
+        ((*MAP, "options"), "p", "options of the mirror_map is of type str"),
+        ((*MAP, "options", "terms"), torch.ones(2), "option terms of the mirror_map is of type Te"),
+        ((*MAP, "state"), [], "state of the mirror_map is of type list"),
+    ],
+)
+def test_damage_is_named_and_changes_nothing(path, value, message):
+    optimizer = trained(lambda p: maps.KroneckerNeural(p, units=2))
+    before = everything(optimizer)
+    saved = trained(lambda p: maps.KroneckerNeural(p, units=2), 3.0, 4.0).state_dict()
+    with pytest.raises(InputError, match=message) as error:
+        optimizer.load_state_dict(replaced(saved, path, value))
+    assert "\n" not in str(error.value)
+    after = everything(optimizer)
+    assert after[0] == before[0]
+    assert same(after[1], before[1])
+
+
+def test_what_is_lost_is_named():
+    optimizer = trained(lambda p: maps.Hypentropy())
+    saved = optimizer.state_dict()
+    of = {(): ["state", "param_groups"], GROUP: ["params", "lr", "mirror_map"]}
+    of[MAP] = ["name", "options", "state"]
+    for path, key in ((path, key) for path, keys in of.items() for key in keys):
+        part = functools.reduce(operator.getitem, path, saved)
+        lost = replaced(saved, path, {k: v for k, v in part.items() if k != key})
+        with pytest.raises(InputError, match=key):
+            optimizer.load_state_dict(lost)
+
+
+@pytest.mark.parametrize("value", [None, "text", -1.5, [1], {"a": 1}], ids=repr)
+def test_whatever_is_damaged_loads_or_changes_nothing(value):
+    saved = trained(lambda p: maps.KroneckerNeural(p, units=2), 3.0, 4.0).state_dict()
+    refused = 0
+    for path in places(saved):
+        optimizer = trained(lambda p: maps.KroneckerNeural(p, units=2))
+        before = everything(optimizer)
+        try:
+            optimizer.load_state_dict(replaced(saved, path, value))
+        except ValueError:  # torch's own, for lists of another length, is none of ours
+            refused += 1
+            after = everything(optimizer)
+            assert after[0] == before[0]
+            assert same(after[1], before[1])
+        else:
+            descend(optimizer, optimizer.param_groups[0]["params"], 1)
+    assert refused > 20
 
 
 def test_hooks_of_saving_and_loading_see_what_is_saved_and_loaded():

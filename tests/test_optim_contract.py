@@ -133,9 +133,10 @@ def test_closure_runs_with_gradients():
     assert optimizer.step() is None
 
 
-def test_step_leaves_the_grad_mode_and_builds_no_graph():
-    params = start("separable", {})
-    mirror_map = learned("separable", params, {})
+@pytest.mark.parametrize("name", maps.REGISTRY)
+def test_step_leaves_the_grad_mode_and_builds_no_graph(name):
+    params = start(name, {})
+    mirror_map = learned(name, params, {})
     optimizer = MirrorDescent(params, lr=0.1, mirror_map=mirror_map, momentum=0.9, dual_state=True)
     descend(optimizer, params, 2)
     assert torch.is_grad_enabled()
@@ -210,6 +211,28 @@ def test_schedulers_drive_it_as_they_drive_sgd(scheduler, as_lr):
     assert len(set(rates[0])) > 1
 
 
+@pytest.mark.parametrize("name", maps.REGISTRY)
+@pytest.mark.parametrize("as_lr", [float, torch.tensor])
+def test_schedulers_drive_every_map(name, as_lr):
+    for scheduler, schedule_of in SCHEDULERS.items():
+        # By a scheduler, and by hand with the rates and momenta that it gave.
+        scheduled, by_hand = start(name, {}), start(name, {})
+        optimizer, other = (
+            MirrorDescent(ps, lr=lr, mirror_map=learned(name, ps, {}), momentum=0.8)
+            for ps, lr in ((scheduled, as_lr(0.1)), (by_hand, 1.0))
+        )
+        schedule, rates = schedule_of(optimizer), []
+        for _ in range(6):
+            group = optimizer.param_groups[0]
+            rates.append((float(group["lr"]), group["momentum"]))
+            other.param_groups[0].update(zip(("lr", "momentum"), rates[-1], strict=True))
+            loss, _ = descend(optimizer, scheduled, 1)
+            descend(other, by_hand, 1)
+            schedule.step(*([loss] if scheduler == "plateau" else []))
+        assert same(snapshot(optimizer), snapshot(other))
+        assert len(set(rates)) > 1
+
+
 def test_weight_averaging_wraps_it():
     model = torch.nn.Linear(2, 1)
     average = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.5))
@@ -221,17 +244,20 @@ def test_weight_averaging_wraps_it():
     assert not torch.equal(average.module.weight, model.weight)
 
 
-def test_grad_scaler_scales_and_skips():
-    p, q = parameter(1.0, 2.0), parameter(1.0, 2.0)
-    scaled, plain = (MirrorDescent([x], lr=0.1, momentum=0.9) for x in (p, q))
+@pytest.mark.parametrize("name", maps.REGISTRY)
+def test_grad_scaler_scales_and_skips(name):
+    ps, qs = (start(name, {}, torch.float32) for _ in range(2))
+    scaled, plain = (
+        MirrorDescent(xs, lr=0.1, momentum=0.9, mirror_map=learned(name, xs, {})) for xs in (ps, qs)
+    )
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    descend(plain, [q], 1)
-    scaler.scale(quadratic([p])).backward()
+    descend(plain, qs, 1)
+    scaler.scale(quadratic(ps)).backward()
     scaler.step(scaled)
     scaler.update()
-    assert torch.equal(p, q)
+    assert same(snapshot(scaled), snapshot(plain))
     before = snapshot(scaled)
-    p.grad.fill_(float("inf"))
+    ps[0].grad.fill_(float("inf"))
     scaler.step(scaled)
     scaler.update()
     assert same(snapshot(scaled), before)

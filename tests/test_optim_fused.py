@@ -367,6 +367,18 @@ def test_the_fused_euclidean_step_is_sgd(options, dtype, monkeypatch):
         torch.testing.assert_close(x, y, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
 
 
+def test_a_fused_decay_beside_an_unfused_group_keeps_float64():
+    found = []
+    for nonfinite in ("raise", "skip"):
+        p, q = (torch.tensor([0.7], dtype=torch.float64, requires_grad=True) for _ in range(2))
+        groups = [{"params": [p]}, {"params": [q], "mirror_map": maps.Hypentropy()}]
+        optimizer = MirrorDescent(groups, lr=1e-4, weight_decay=0.1, nonfinite=nonfinite)
+        p.grad, q.grad = torch.zeros_like(p), torch.zeros_like(q)
+        optimizer.step()
+        found.append(p.detach().clone())
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("options", EUCLIDEAN, ids=str)
 @pytest.mark.parametrize("accelerator", [False, True])
 def test_a_fused_euclidean_step_that_is_not_finite_changes_nothing(

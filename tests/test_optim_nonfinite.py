@@ -39,6 +39,16 @@ def test_nonfinite_gradient_raises_before_anything_changes(bad, options):
     assert same(snapshot(optimizer), before)
 
 
+def test_a_rate_of_zero_hides_no_gradient():
+    p = parameter(1.0, 2.0)
+    optimizer = MirrorDescent(
+        [p], lr=0.0, mirror_map=maps.Hypentropy(), dual_state=True, nonfinite="raise"
+    )
+    p.grad = torch.tensor([0.0, float("nan")])
+    with pytest.raises(FloatingPointError, match="holds NaN or Inf"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("foreach", [False, True])
 def test_nonfinite_gradient_skips_the_whole_step(bad, foreach):

@@ -11,9 +11,14 @@ from mirror_opt.maps import MirrorMap
 from mirror_opt.optim.options import Group, check_options, parameter_name, state_dtype
 from mirror_opt.optim.sharded import placed_as
 
-__all__ = ["adopt", "hide_state", "pack_maps"]
+__all__ = ["adopt", "checked", "hide_state", "pack_maps"]
 
 State = dict[Any, dict[str, Any]]
+
+# Of maps as they are packed, and of the state beside them. What has no number is of version 1.
+# It lies with the map, since torch.distributed.checkpoint keeps groups and state and no more.
+_VERSION = 1
+_ADVICE = "load what MirrorDescent.state_dict() gave"
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,22 @@ def pack_maps(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
 
 
 def hide_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Pre-hook of ``load_state_dict``: keeps state from being cast to its parameter's dtype."""
-    ids = {p for group in state_dict["param_groups"] for p in group["params"]}
-    state = {
-        p: {key: _Hidden(value) for key, value in values.items()} if p in ids else values
-        for p, values in state_dict["state"].items()
-    }
-    return {**state_dict, "state": state}
+    """Pre-hook of ``load_state_dict``: keeps state from being cast to its parameter's dtype.
+
+    Raises:
+        InputError: ``state_dict`` is not built as one is.
+    """
+    ids: list[int | str] = []
+    saved = checked(state_dict, "state dict", dict)
+    for i, group in enumerate(checked(saved.get("param_groups"), "param_groups", list)):
+        params = checked(group, f"group {i}", dict).get("params")
+        for p in checked(params, f"params of group {i}", list):
+            ids.append(checked(p, f"id of a parameter of group {i}", int, str))
+    state = dict(checked(saved.get("state"), "state", dict))
+    for p in state.keys() & ids:
+        values = checked(state[p], f"state of parameter {p}", dict)
+        state[p] = {key: _Hidden(value) for key, value in values.items()}
+    return {**saved, "state": state}
 
 
 def adopt(mine: list[Group], groups: list[Group], state: State) -> None:
@@ -48,20 +62,16 @@ def adopt(mine: list[Group], groups: list[Group], state: State) -> None:
         state: the loaded state, hidden.
 
     Raises:
-        InputError: another map, or tensors of other shapes. Nothing has changed then.
+        InputError: another map, tensors of other shapes, values of other types, or a version of
+            this package that is newer. Nothing has changed then.
     """
     maps = [group["mirror_map"] for group in mine]
-    for mirror_map, group in zip(maps, groups, strict=True):
-        _check_same(mirror_map, group.get("mirror_map"))
-        check_options({**group, "mirror_map": mirror_map})
+    for own, group in zip(mine, groups, strict=True):
+        _check_same(own["mirror_map"], group.get("mirror_map"))
+        _check_group(own, group)
         for slot, p in enumerate(group["params"]):
             for key, hidden in state.get(p, {}).items():
-                shape = getattr(hidden.value, "shape", None)
-                if shape != p.shape:
-                    raise InputError(
-                        f"the checkpoint's {key} of {parameter_name(group, slot)} has shape "
-                        f"{shape and tuple(shape)}: load a checkpoint of the same model"
-                    )
+                _check_state(hidden.value, p, f"{key} of {parameter_name(own, slot)}")
     for mirror_map, group in zip(maps, groups, strict=True):
         mine_now = mirror_map.state_dict()
         saved = group["mirror_map"]["state"]
@@ -77,6 +87,20 @@ def adopt(mine: list[Group], groups: list[Group], state: State) -> None:
                 }
 
 
+def checked(value: Any, what: str, *kinds: type) -> Any:
+    """The value at a place of a checkpoint, which must be of one of these types.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not isinstance(value, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise InputError(
+            f"the checkpoint's {what} is of type {type(value).__name__}, not {wanted}: {_ADVICE}"
+        )
+    return value
+
+
 def _pack(mirror_map: MirrorMap) -> dict[str, Any]:
     """A map's name, the plain attributes that its tensors do not show, and its tensors."""
     options = {
@@ -87,26 +111,37 @@ def _pack(mirror_map: MirrorMap) -> dict[str, Any]:
         and not key.startswith("_")
         and key != "training"
     }
-    return {"name": mirror_map.name, "options": options, "state": dict(mirror_map.state_dict())}
+    return {
+        "version": _VERSION,
+        "name": mirror_map.name,
+        "options": options,
+        "state": dict(mirror_map.state_dict()),
+    }
 
 
 def _check_same(mirror_map: MirrorMap, saved: Any) -> None:
-    if not isinstance(saved, dict) or saved.keys() != {"name", "options", "state"}:
-        raise InputError(
-            f"the checkpoint's mirror_map is {saved!r}: load what MirrorDescent.state_dict() gave"
-        )
     mine = _pack(mirror_map)
-    if saved["name"] != mine["name"]:
+    version = checked(saved, "mirror_map", dict).get("version", 1)
+    if checked(version, "version of the mirror_map", int) != _VERSION:
         raise InputError(
-            f"the checkpoint is of mirror map {saved['name']!r} and this group's is "
+            f"the checkpoint's mirror_map is of version {version}, this mirror_opt reads "
+            f"{_VERSION}: use the mirror_opt that saved it"
+        )
+    name = checked(saved.get("name"), "name of the mirror_map", str)
+    if name != mine["name"]:
+        raise InputError(
+            f"the checkpoint is of mirror map {name!r} and this group's is "
             f"{mine['name']!r}: construct the optimizer with the map that was saved"
         )
+    options = checked(saved.get("options"), "options of the mirror_map", dict)
     # Options that only one side knows were added or dropped between two versions of the map.
-    for key in saved["options"].keys() & mine["options"].keys():
-        _check_equal(mine["name"], key, saved["options"][key], mine["options"][key])
-    theirs, ours = _shapes(saved["state"]), _shapes(mine["state"])
+    for key in options.keys() & mine["options"].keys():
+        theirs = checked(options[key], f"option {key} of the mirror_map", int, float, str)
+        _check_equal(name, key, theirs, mine["options"][key])
+    state = checked(saved.get("state"), "state of the mirror_map", dict)
+    theirs, ours = _shapes(state), _shapes(mine["state"])
     for key in theirs | ours:
-        _check_equal(mine["name"], f"{key} of shape", theirs.get(key), ours.get(key))
+        _check_equal(name, f"{key} of shape", theirs.get(key), ours.get(key))
 
 
 def _check_equal(name: str, what: str, theirs: Any, mine: Any) -> None:
@@ -118,4 +153,34 @@ def _check_equal(name: str, what: str, theirs: Any, mine: Any) -> None:
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in state.items()}
+    return {
+        key: tuple(checked(value, f"{key} of the mirror_map", Tensor).shape)
+        for key, value in state.items()
+    }
+
+
+def _check_group(own: Group, group: Group) -> None:
+    """Raises InputError for options or names that a group cannot have."""
+    missing = {"lr", "momentum", "weight_decay"} - group.keys()  # every version has saved these
+    if missing:
+        raise InputError(f"the checkpoint's group has no {', '.join(sorted(missing))}: {_ADVICE}")
+    check_options({**group, "mirror_map": own["mirror_map"]})
+    names = checked(group.get("param_names", []), "param_names", list)
+    for name in names:
+        checked(name, "name of a parameter", str)
+    if "param_names" in group and len(names) != len(group["params"]):
+        raise InputError(
+            f"the checkpoint's group has {len(names)} param_names for {len(group['params'])} "
+            f"parameters: {_ADVICE}"
+        )
+
+
+def _check_state(value: Any, p: Tensor, what: str) -> None:
+    """Raises InputError unless a parameter's state is a tensor that belongs to it."""
+    shape = checked(value, what, Tensor).shape
+    if shape != p.shape:
+        raise InputError(
+            f"the checkpoint's {what} has shape {tuple(shape)}: load a checkpoint of the same model"
+        )
+    if not value.is_floating_point():
+        raise InputError(f"the checkpoint's {what} is of {value.dtype}, not floating: {_ADVICE}")

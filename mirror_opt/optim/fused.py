@@ -129,7 +129,9 @@ class EuclideanStep(FusedStep):
         if decay != 0:
             factor = 1 - lr * decay
             if found_inf is not None:
-                factor = torch.where(found_inf == 0, factor, 1.0)
+                # Beside a number, a number would become a float32.
+                one = torch.ones((), dtype=torch.float64, device=found_inf.device)
+                factor = torch.where(found_inf == 0, factor, one)
             torch._foreach_mul_(params, factor)
         sgd(
             params,

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 from mirror_opt.errors import InputError
 from mirror_opt.maps import Euclidean, MirrorMap
 from mirror_opt.newton import NewtonError, Status
-from mirror_opt.optim.checkpoint import adopt, hide_state, pack_maps
+from mirror_opt.optim.checkpoint import adopt, checked, hide_state, pack_maps
 from mirror_opt.optim.fused import FusedStep, attempt, fused_step, may_fuse, may_fuse_scaled
 from mirror_opt.optim.options import (
     RUN_OPTIONS,
@@ -457,9 +457,10 @@ class MirrorDescent(Optimizer):
         float32 whatever the dtype of the parameter.
 
         Raises:
-            InputError: the checkpoint is of another mirror map or of another model. Nothing has
-                changed then.
+            InputError: the checkpoint is of another mirror map, of another model, of a newer
+                version of this package, or damaged. Nothing has changed then.
         """
+        checked(state_dict, "state dict", dict)  # the user's own hooks may expect as much
         # The base class casts all state to the dtype of the parameter: hide it, after the user's
         # own hooks have run. __setstate__ uncovers it, before the user's post-hooks run.
         handle = self.register_load_state_dict_pre_hook(hide_state)

@@ -76,7 +76,7 @@ def check_options(options: Group) -> None:
     _check_number("momentum", options["momentum"], 1)
     _check_number("weight_decay", options["weight_decay"], math.inf)
     for name, choices in _CHOICES.items():
-        if options[name] not in choices:
+        if isinstance(options[name], Tensor) or options[name] not in choices:
             legal = ", ".join(map(repr, choices))
             raise InputError(f"Invalid {name}={options[name]!r}: pass one of {legal}")
     if options["nesterov"] and options["momentum"] == 0:

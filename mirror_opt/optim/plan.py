@@ -38,9 +38,9 @@ class Plan:
 
     def outcome(self) -> Tensors:
         """All that has to be finite for the step to be taken."""
-        # A gradient that is not finite shows in the momentum and in the dual state; where neither
-        # is kept, a map that saturates could hide it.
-        return [*self.new.params, *([*self.new.buffers, *self.new.duals] or self.grads)]
+        # A gradient that is not finite shows in the momentum; where none is kept, a map that
+        # saturates or a rate of zero could hide it.
+        return [*self.new.params, *self.new.duals, *(self.new.buffers or self.grads)]
 
 
 def attempt_each(function: Callable[[Any], Any], xs: list, failures: list[NewtonError]) -> list:

@@ -1,9 +1,12 @@
-r"""Checkpoints: a versioned dict of plain tensors and values, saved atomically, loaded strictly."""
+r"""Checkpoints: a versioned dict of plain tensors and values, saved atomically, loaded strictly.
 
+The file is a torch file, which ``torch.load(path, weights_only=True)`` opens too. It ends with a
+seal: the SHA-256 of all bytes before, so that no change to any of them goes unnoticed.
+"""
+
+import hashlib
 import io
 import os
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,10 @@ from mirror_opt.runs.directory import write_bytes
 
 __all__ = ["VERSION", "load", "restore", "save"]
 
-VERSION = 2
+VERSION = 3
 _FORMAT = "mirror_opt.run"
+_SEAL = b"mirror_opt.run sha256 "
+_DIGITS = 64  # of the digest in hexadecimal, which follows
 _FIELDS = {
     "config": dict,
     "iteration": int,
@@ -42,7 +47,7 @@ def save(path: str | os.PathLike, state: dict[str, Any]) -> None:
     # positions, a plain write says what happened.
     buffer = io.BytesIO()
     torch.save({"format": _FORMAT, "version": VERSION, **state}, buffer)
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, _sealed(buffer.getvalue()))
 
 
 def load(path: str | os.PathLike) -> dict[str, Any]:
@@ -51,35 +56,50 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         InputError: the file is absent, truncated, altered, of another version, or no
             checkpoint of this package.
+        OSError: the file cannot be read; names it.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no checkpoint there; train first, or pass another --out")
     broken = f"{path}: damaged, or no checkpoint of mirror-opt; restore it or train again"
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load itself does not compare the checksums
-        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        NotImplementedError,
-    ):
-        raise InputError(broken) from None
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        data = path.read_bytes()
+    except OSError as error:
+        error.filename = str(path)  # read() does not say which file it was
+        raise
+    body, digest = data[:-_DIGITS], data[-_DIGITS:]
+    # Versions before the seal are read to the end too, to say which version it is.
+    has_seal = body.endswith(_SEAL)
+    if has_seal and digest != _digest(body):
         raise InputError(broken)
-    if state.get("version") != VERSION:
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # which ones bytes of any kind can lead to, torch does not say
+        raise InputError(broken) from error
+    if not isinstance(state, dict) or type(state.get("version")) is not int:
+        raise InputError(broken)
+    if not isinstance(state.get("format"), str) or state["format"] != _FORMAT:
+        raise InputError(broken)
+    if state["version"] != VERSION:
         raise InputError(
-            f"{path}: checkpoint version {state.get('version')!r}, this mirror_opt reads "
+            f"{path}: checkpoint version {state['version']}, this mirror_opt reads "
             f"{VERSION}; use the mirror_opt that wrote it, or train again"
         )
-    if any(not isinstance(state.get(name), kind) for name, kind in _FIELDS.items()):
+    if not has_seal or any(not isinstance(state.get(k), kind) for k, kind in _FIELDS.items()):
         raise InputError(broken)
     return state
+
+
+def _sealed(archive: bytes) -> bytes:
+    r"""A zip archive without a comment, with the seal as its comment."""
+    # An archive ends with the length of its comment, in two bytes, and the comment.
+    length = len(_SEAL) + _DIGITS
+    body = archive[:-2] + length.to_bytes(2, "little") + _SEAL
+    return body + _digest(body)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).hexdigest().encode()
 
 
 def restore(path: str | os.PathLike, target: Any, state: dict[str, Any], what: str) -> None:
