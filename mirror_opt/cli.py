@@ -1,6 +1,7 @@
 r"""The command ``mirror-opt``: train, evaluate, compare, plot, maps, info.
 
-Input that cannot be used gives one line on stderr and exit status 2, an interruption status 130.
+Input that cannot be used gives one line on stderr and exit status 2, an interruption status 130, a
+reader of the output that has left status 141.
 """
 
 import argparse
@@ -20,13 +21,25 @@ from mirror_opt.fewshot.cache import cache_dir
 from mirror_opt.runs import plots, results
 from mirror_opt.runs.compare import METHODS, compare, open_comparison
 from mirror_opt.runs.config import GUARDS
+from mirror_opt.runs.directory import CONFIG
 from mirror_opt.runs.evaluate import evaluate_run
 from mirror_opt.runs.train import open_run, train
 
 __all__ = ["main"]
 
-# Options that are no part of what a run is.
-_HOW = ("command", "function", "out", "resume", "overwrite", "download", "save_every", "methods")
+_TRAINING = ("train", "compare")
+# What is no part of what a run is.
+_HOW = (
+    "command",
+    "function",
+    "out",
+    "resume",
+    "overwrite",
+    "replaced",
+    "download",
+    "save_every",
+    "methods",
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,17 +51,36 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     r"""Runs the command line ``argv`` (default: the process's own); returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = argparse.Namespace()
     try:
-        arguments.function(arguments)
+        try:
+            _parser().parse_args(argv, arguments)
+            arguments.function(arguments)
+        finally:
+            _flush()
     except InputError as error:
         return _fail(str(error))
+    except BrokenPipeError:
+        return 141
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}; pass an --out with room to write")
+        return _fail(_told(error, arguments))
     except KeyboardInterrupt:
         return _interrupted(arguments)
     return 0
+
+
+def _flush() -> None:
+    r"""Writes what is left of the output while a failure can still be told."""
+    try:
+        print(end="", flush=True)
+    except OSError as error:
+        # The interpreter would try once more at exit, and print what happens.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise InputError(
+            f"standard output: {error.strerror}; send it where there is room to write"
+        ) from error
 
 
 def _fail(message: str) -> int:
@@ -56,13 +88,45 @@ def _fail(message: str) -> int:
     return 2
 
 
+def _told(error: OSError, arguments: argparse.Namespace) -> str:
+    r"""The file and the reason, and what to pass where it is --out that cannot be written."""
+    message = f"{error.filename}: " if error.filename else ""
+    message += error.strerror or str(error)
+    if "out" not in arguments and arguments.command not in _TRAINING:
+        return message
+    if isinstance(error.filename, str) and _cannot_write(error.filename, _out(arguments)):
+        is_new = arguments.command in _TRAINING and "resume" not in arguments
+        message += "; pass an --out with room to write" if is_new else "; it needs room to write"
+    return message
+
+
+def _cannot_write(name: str, out: Path) -> bool:
+    r"""Whether a file that failed is in ``out``, or a folder around it, and was not for reading."""
+    path, top = os.path.abspath(name), os.path.abspath(out)
+    unreadable = os.path.isfile(path) and not os.access(path, os.R_OK)
+    return os.path.commonpath([path, top]) in (path, top) and not unreadable
+
+
 def _interrupted(arguments: argparse.Namespace) -> int:
     hint = ""
-    if arguments.command in ("train", "compare"):
-        out = shlex.quote(str(_out(arguments)))
-        hint = f"; go on with: mirror-opt {arguments.command} --out {out} --resume"
+    if getattr(arguments, "command", None) in _TRAINING:
+        out = _out(arguments)
+        # A run that was to be replaced is not the one that was interrupted.
+        if _stamp(out) in (None, getattr(arguments, "replaced", None)):
+            hint = "; the run had not begun"
+        else:
+            resume = ["mirror-opt", arguments.command, "--out", str(out), "--resume"]
+            if "resume" in arguments and "data_dir" in arguments:
+                resume += ["--data-dir", arguments.data_dir]
+            hint = f"; go on with: {shlex.join(resume)}"
     print(f"mirror-opt: interrupted{hint}", file=sys.stderr)
     return 130
+
+
+def _stamp(out: Path) -> int | None:
+    r"""What tells one writing of a run's config from another; None where there is no config."""
+    path = out / CONFIG
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 # The commands.
@@ -70,7 +134,7 @@ def _interrupted(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> None:
     out = _out(arguments)
-    modes = {"resume": "resume" in arguments, "overwrite": "overwrite" in arguments}
+    modes = _modes(arguments)
     config = open_run(out, _given(arguments), **modes)
     rows = train(config, out, overwrite=modes["overwrite"], **_how(arguments))
     _finish(out, rows)
@@ -78,7 +142,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     out = _out(arguments)
-    modes = {"resume": "resume" in arguments, "overwrite": "overwrite" in arguments}
+    modes = _modes(arguments)
     methods = tuple(arguments.methods.split(",")) if "methods" in arguments else None
     configs = open_comparison(out, _given(arguments), methods, **modes)
     rows = compare(configs, out, overwrite=modes["overwrite"], **_how(arguments))
@@ -161,6 +225,12 @@ def _how(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names if name in arguments}
 
 
+def _modes(arguments: argparse.Namespace) -> dict[str, bool]:
+    modes = {name: name in arguments for name in ("resume", "overwrite")}
+    arguments.replaced = _stamp(_out(arguments)) if modes["overwrite"] else None
+    return modes
+
+
 def _out(arguments: argparse.Namespace) -> Path:
     if "out" in arguments:
         return Path(arguments.out)
@@ -224,7 +294,8 @@ def _training_options(sub: argparse.ArgumentParser) -> None:
     add("--lr", type=float, help="inner step size alpha (defaults of rates: by method and task)")
     add("--init-lr", type=float, help="outer rate of the initialisation")
     add("--map-lr", type=float, help="outer rate of the map's parameters")
-    add("--rate-lr", type=float, help="outer rate of learned inner rates")
+    add("--learn-lr", action="store_true", help="learn a rate for each inner step, from --lr on")
+    add("--rate-lr", type=float, help="outer rate of the inner rates, with --learn-lr")
     add("--seed", type=int, help="decides initialisation and tasks (default: 0)")
     _evaluation_options(sub)
     _run_options(sub, required=False)

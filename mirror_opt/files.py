@@ -38,6 +38,11 @@ def atomic_write(path: str | os.PathLike, *, shared: bool = True) -> Iterator[Bi
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # write() does not say which file met the full disk
+        # write() does not say which file met the full disk, and a temporary name tells nobody.
+        if (
+            isinstance(error, OSError)
+            and error.errno is not None
+            and error.filename in (None, str(temporary))
+        ):
+            error.filename = str(path)
         raise

@@ -6,7 +6,7 @@ shrink the residual fast enough. It converges for every increasing function, so 
 non-finite input or a tolerance below what the dtype can resolve.
 
 ``solve_convex`` is Newton's method with conjugate gradients for the gradient of a strongly convex
-function of many variables; ``implicit_convex`` gives its result first derivatives.
+function of many variables; ``implicit_convex`` gives its result derivatives of every order.
 """
 
 import math
@@ -43,8 +43,10 @@ class Status(IntEnum):
 _MESSAGES = {
     Status.CONVERGED: "the residual is within the tolerance",
     Status.MAX_ITERATIONS: (
-        "the residual is still above the tolerance at the iteration limit: raise max_iterations, "
-        "or the tolerance if it is below what the dtype resolves"
+        "the residual is still above the tolerance where the iterations ended, since the slopes of "
+        "the map, from strong_convexity() to smoothness(), lie too far apart: learn the map at a "
+        "lower rate, or use the direction that needs no solve (forward_is_closed, "
+        "inverse_is_closed)"
     ),
     Status.NONFINITE: (
         "the input holds NaN or Inf: look for a diverged loss, lower the learning rate, "
@@ -54,7 +56,11 @@ _MESSAGES = {
 
 
 class NewtonError(ArithmeticError):
-    """A solve whose result may not be used. ``status`` says why."""
+    """A solve of a mirror map's inverse (or of its derivatives) whose result may not be used.
+
+    Attributes:
+        status: why, a ``mirror_opt.newton.Status``: ``MAX_ITERATIONS`` or ``NONFINITE``.
+    """
 
     def __init__(self, status: Status):
         super().__init__(f"inverse of the mirror map, {status.name}: {status.message}")
@@ -164,21 +170,36 @@ def _dot(x: Tensor, y: Tensor) -> float:
 
 
 def _conjugate_gradients(
-    product: Callable[[Tensor], Tensor], b: Tensor, relative: float, limit: int
-) -> Tensor:
-    """x with ``|product(x) - b| <= relative |b|``, for a symmetric positive definite product."""
+    product: Callable[[Tensor], Tensor], b: Tensor, relative: float
+) -> tuple[Tensor, bool]:
+    """x with ``|product(x) - b| <= relative |b|`` for a symmetric positive definite product.
+
+    And whether it is, rather than as close as that many iterations came.
+    """
     x = torch.zeros_like(b)
     r, p = b.clone(), b.clone()
     rr = _dot(r, r)
     stop = relative * relative * rr
-    for _ in range(limit):
-        if rr <= stop:
+    for _ in range(10 * b.numel()):
+        if not rr > stop:
             break
         ap = product(p)
         step = rr / _dot(p, ap)
         x, r = x + step * p, r - step * ap
         rr, previous = _dot(r, r), rr
         p = r + (rr / previous) * p
+    return x, rr <= stop
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def _solve_linear(product: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
+    """The x with product(x) = b; NaN where b is not finite, as a gradient that diverged may be."""
+    if not math.isfinite(_dot(b, b)):
+        return torch.full_like(b, math.nan)
+    x, converged = _conjugate_gradients(product, b, 8 * _default_tolerance(b.dtype))
+    if not converged:
+        raise NewtonError(Status.MAX_ITERATIONS)
     return x
 
 
@@ -190,6 +211,7 @@ def solve_convex(
     potential: Callable[[Tensor], Tensor],
     target: Tensor,
     *,
+    scale: float = 0.0,
     tolerance: float | None = None,
     max_iterations: int = 50,
 ) -> Solution:
@@ -205,8 +227,10 @@ def solve_convex(
         jacobian: ``jacobian(y)`` is the function v -> J(y) v.
         potential: a 0-dim tensor for ``y``.
         target: ``(*)``, float32 or float64.
-        tolerance: stop when |f(y) - target| <= tolerance |target|; 64 units in the last place
-            when None.
+        scale: the norm of what cancels in f, such as the units of psi near zero: its rounding is
+            there however small the target.
+        tolerance: stop when |f(y) - target| <= tolerance (|target| + scale); 64 units in the last
+            place when None.
         max_iterations: Newton steps.
     """
     if not bool(torch.isfinite(target).all()):
@@ -220,75 +244,106 @@ def solve_convex(
         return Solution(y, Status.CONVERGED, 0, 0.0)
     residual = target - f(y)
     size = math.sqrt(_dot(residual, residual))
+    whole = norm + scale
     iterations = 0
-    polished = False
-    while not (size <= tolerance * norm and polished) and iterations < max_iterations:
+    while size > 0 and iterations < max_iterations:
         iterations += 1
-        # One full step more once the tolerance is met, kept if it helps: its error is squared, and
-        # the answer then is as good as f can be evaluated.
+        # One full step more once the target's own tolerance is met, kept if it helps: its error is
+        # squared, and the answer then is as good as f can be evaluated.
         polished = size <= tolerance * norm
-        if size == 0:
-            break
         # Solving the inner system no better than the outer residual asks keeps the quadratic
         # order of Newton's method at a fraction of the products (inexact Newton).
         forcing = min(0.1, size / norm)
-        direction = _conjugate_gradients(jacobian(y), residual, forcing, 10 * target.numel())
+        direction, _ = _conjugate_gradients(jacobian(y), residual, forcing)
         slope, here = _dot(residual, direction), float(potential(y)) - _dot(target, y)
         step = 1.0
-        while True:
+        while step > 1e-10:
             candidate = y + step * direction
             new_residual = target - f(candidate)
             new_size = math.sqrt(_dot(new_residual, new_residual))
-            if polished:
-                break
             fall = here - (float(potential(candidate)) - _dot(target, candidate))
-            if fall >= 1e-4 * step * slope or new_size < size:
+            if polished or fall >= 1e-4 * step * slope or new_size < size:
                 break
             step /= 2
-            if step < 1e-10:
-                return Solution(y, Status.MAX_ITERATIONS, iterations, size / norm)
-        if not polished or new_size < size:
-            y, residual, size = candidate, new_residual, new_size
-    status = Status.CONVERGED if size <= tolerance * norm else Status.MAX_ITERATIONS
-    return Solution(y, status, iterations, size / norm)
+        else:
+            break  # no way further down
+        # Within the whole tolerance a step that does not help has met the rounding of f.
+        if not new_size < size and size <= tolerance * whole:
+            break
+        y, residual, size = candidate, new_residual, new_size
+        if polished:
+            break
+    status = Status.CONVERGED if size <= tolerance * whole else Status.MAX_ITERATIONS
+    return Solution(y, status, iterations, size / whole)
 
 
-class _SymmetricSolve(torch.autograd.Function):
-    """J^-1 b for a fixed symmetric positive definite J: its own transpose, so its own backward."""
+class _Root(torch.autograd.Function):
+    r"""The y with f(y, *theta) = target, for an f whose Jacobian J = d_y f is symmetric.
+
+    Implicit differentiation (Blondel et al. 2022): with q = J^-1 dL/dy,
+
+        dL/dtarget = q,   dL/dtheta = -q d_theta f(y, theta).
+
+    q is such a root too, that of v -> J(y, theta) v = dL/dy. So backward consists of differentiable
+    operations, and every order is right.
+    """
 
     @staticmethod
-    def forward(b: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
-        tolerance = 8 * _default_tolerance(b.dtype)
-        return _conjugate_gradients(product, b, tolerance, 10 * b.numel())
+    def forward(solve: Callable, f: Callable, jacobian: Callable, target: Tensor, *theta: Tensor):
+        return solve(target, *theta)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.product = inputs[1]
+        _, ctx.f, ctx.jacobian, _, *theta = inputs
+        ctx.save_for_backward(output, *theta)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        return _SymmetricSolve.forward(grad, ctx.product), None
+        f, jacobian = ctx.f, ctx.jacobian
+        y, *theta = ctx.saved_tensors
+        q = _Root.apply(
+            lambda b, y, *theta: _solve_linear(jacobian(y, *theta), b),
+            lambda v, y, *theta: jacobian(y, *theta)(v),
+            lambda v, y, *theta: jacobian(y, *theta),
+            grad,
+            y,
+            *theta,
+        )
+        if not any(ctx.needs_input_grad[4:]):
+            return None, None, None, q, *(None for _ in theta)
+        pull = torch.func.vjp(lambda *theta: f(y, *theta), *theta)[1]
+        return None, None, None, q, *pull(-q)
 
 
 def implicit_convex(
-    f: Callable[[Tensor], Tensor],
-    jacobian: Callable[[Tensor], Callable[[Tensor], Tensor]],
-    potential: Callable[[Tensor], Tensor],
+    f: Callable[..., Tensor],
+    jacobian: Callable[..., Callable[[Tensor], Tensor]],
+    potential: Callable[..., Tensor],
     target: Tensor,
+    *theta: Tensor,
+    scale: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """The y with f(y) = target (``solve_convex``), differentiable once, in target and in f.
+    """The y with f(y, *theta) = target, differentiable to any order in target and theta.
 
-    Differentiating twice raises an error: run the map in its closed direction (a dual state)
-    where second order is needed.
+    Args:
+        f, jacobian, potential: as for ``solve_convex``, with ``*theta`` behind their argument;
+            pure functions, made of differentiable operations.
+        target: ``(*)``, float32 or float64.
+        theta: every tensor that f depends on; in others there is no gradient.
+        scale: ``scale(*theta)``, a 0-dim tensor, is the ``scale`` of ``solve_convex``.
 
     Raises:
-        NewtonError: the solve did not converge, or ``target`` is not finite.
+        NewtonError: the solve did not converge, or ``target`` is not finite; in backward, the
+            linear solve did not converge.
     """
-    y = solve_convex(f, jacobian, potential, target.detach()).unwrap()
-    if not torch.is_grad_enabled():
-        return y
-    # y is a constant here, so the residual is zero and carries dt - d_theta f(y).
-    with torch.no_grad():
-        product = jacobian(y)
-    return y + _SymmetricSolve.apply(target - f(y), product)
+
+    def solve(target: Tensor, *theta: Tensor) -> Tensor:
+        return solve_convex(
+            lambda y: f(y, *theta),
+            lambda y: jacobian(y, *theta),
+            lambda y: potential(y, *theta),
+            target,
+            scale=float(scale(*theta)) if scale else 0.0,
+        ).unwrap()
+
+    return _Root.apply(solve, f, jacobian, target, *theta)

@@ -1,13 +1,19 @@
 """The command line: what it prints, and one line and status 2 for what it cannot use."""
 
+import errno
+import importlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
-from mirror_opt import fewshot, maps
+from mirror_opt import cli, fewshot, maps
 from mirror_opt.cli import main
+
+train_module = importlib.import_module("mirror_opt.runs.train")  # its package has the function
 
 SMALL = [
     "--iterations",
@@ -68,6 +74,17 @@ def fails(capsys, *arguments):
         ("--task sinusoid --filters 8", "--filters 8: sinusoid has a network without filters"),
         ("--task sinusoid --shots 0", "shots is 0"),
         ("--task sinusoid --task-options split=background", "no option split"),
+        ("--task sinusoid --task-options queries=9", "option of its own; pass --queries"),
+        ("--task sinusoid --task-options seed=1", "option of its own; pass --seed"),
+        ("--task sinusoid --task-options name=x", "task sinusoid has no option name"),
+        ("--task omniglot --task-options validation=abc", "validation='abc': must be a whole"),
+        ("--task omniglot --task-options rotations=no", "rotations='no': must be true or false"),
+        ("--task sinusoid --map-options params=1", "map kronecker has no option params"),
+        ("--task sinusoid --map-options name=x", "map kronecker has no option name"),
+        ("--task sinusoid --map-options terms=abc", "terms='abc': must be a whole number"),
+        ("--task sinusoid --map-options eps=abc", "eps='abc': must be a number"),
+        ("--task sinusoid --map euclidean --map-options a=1", "no option a; pass no --map-options"),
+        ("--task sinusoid --rate-lr 0.1", "--rate-lr 0.1: the inner rates are not learned; pass"),
         ("--task glyphs --ways 100000", "ways is 100000, but split 'train' of glyphs has"),
         ("--task omniglot --data-dir /nowhere", "/nowhere"),
         ("--task folder --data-dir /nowhere", "/nowhere"),
@@ -168,6 +185,53 @@ def test_damaged_and_absent_checkpoints(trained, tmp_path, capsys):
     assert "no such file" in fails(capsys, "evaluate", "--out", tmp_path / "nothing")
 
 
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sinusoid") / "run"
+    command = ["compare", "--task", "sinusoid", "--methods", "maml,anil", *SMALL]
+    assert main([*command, "--out", str(out)]) == 0
+    return out
+
+
+def changed(source, target, name, change):
+    """A copy of a run with one of its JSON files changed, and that file."""
+    path = shutil.copytree(source, target) / name
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("adapt_steps", 3), ("method", ["maml"]), ("iterations", "2"), ("map_options", {"terms": []})],
+)
+def test_a_config_of_wrong_types(trained, tmp_path, capsys, field, value):
+    path = changed(
+        trained, tmp_path / "run", "config.json", lambda config: config.update({field: value})
+    )
+    line = fails(capsys, "train", "--out", path.parent, "--resume")
+    assert f"{path}: --{field.replace('_', '-')} " in line
+
+
+@pytest.mark.parametrize("methods", [["maml"], {}, {"maml": 3}, {"maml": {"task": 3}}])
+def test_a_comparison_of_wrong_types(compared, tmp_path, capsys, methods):
+    path = changed(
+        compared, tmp_path / "run", "config.json", lambda config: config.update(methods=methods)
+    )
+    commands = [("compare", "--resume")]
+    if methods != {"maml": {"task": 3}}:  # what is in a config, these have in the checkpoint too
+        commands += [("evaluate",), ("plot",)]
+    for command in commands:
+        assert f"{path}: " in fails(capsys, *command, "--out", path.parent)
+
+
+@pytest.mark.parametrize("loss", [None, "text", ["text"]])
+def test_a_history_of_wrong_types(trained, tmp_path, capsys, loss):
+    path = changed(trained, tmp_path / "run", "history.json", lambda it: it.update(loss=loss))
+    assert f"{path}: its loss is not" in fails(capsys, "plot", "--out", path.parent)
+
+
 def test_other_data_for_a_folder_run(image_folder, tmp_path, capsys):
     out = tmp_path / "run"
     assert (
@@ -188,6 +252,100 @@ def test_other_data_for_a_folder_run(image_folder, tmp_path, capsys):
     moved = shutil.copytree(image_folder, tmp_path / "moved")
     assert run("evaluate", "--out", out, "--data-dir", moved) == 0
     assert run("plot", "--out", out, "--data-dir", moved) == 0
+
+
+def test_no_room_in_a_directory(trained, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    new, old = tmp_path / "new", shutil.copytree(trained, tmp_path / "old")
+    monkeypatch.setattr(os, "fsync", full)
+    line = fails(capsys, "train", "--task", "glyphs", *IMAGES, "--out", new)
+    assert f"{new / 'config.json'}: No space left" in line
+    assert line.endswith("; pass an --out with room to write")
+    assert run("evaluate", "--out", old) == 2
+    line = capsys.readouterr().err
+    assert f"{old / 'results.json'}: No space left on device; it needs room to write" in line
+
+
+@pytest.mark.parametrize("name", ["/elsewhere/file", None])
+def test_other_failures_give_no_advice_on_room(tmp_path, capsys, monkeypatch, name):
+    def refuse(*_):
+        raise OSError(errno.EACCES, "Permission denied", *([] if name is None else [name]))
+
+    monkeypatch.setattr(cli, "evaluate_run", refuse)
+    monkeypatch.setattr(cli, "_maps", refuse)
+    for command in (("evaluate", "--out", tmp_path), ("maps",)):
+        assert fails(capsys, *command).endswith(
+            "error: Permission denied" if name is None else f"error: {name}: Permission denied"
+        )
+
+
+def with_output_to(file, *arguments):
+    command = [sys.executable, "-m", "mirror_opt.cli", *arguments]
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    return subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, env=buffered)
+
+
+@pytest.mark.parametrize("command", ["maps", "--help"])
+def test_output_that_nobody_reads(command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        ended = with_output_to(writer, command)
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_output_that_has_no_room():
+    with open("/dev/full", "w") as full:
+        ended = with_output_to(full, "maps")
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        "mirror-opt: error: standard output: No space left on device; "
+        "send it where there is room to write\n"
+    )
+
+
+def stop(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("command", "at"),
+    [("train", "evaluate.evaluate"), ("train", "plots.draw"), ("compare", "plots.draw")],
+)
+def test_interrupted_after_training(tmp_path, capsys, monkeypatch, command, at):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        module, name = at.split(".")
+        patch.setattr({"evaluate": train_module, "plots": cli.plots}[module], name, stop)
+        assert run(command, "--task", "sinusoid", *SMALL, "--out", out) == 130
+    hint = f"mirror-opt {command} --out {out} --resume"
+    assert capsys.readouterr().err == f"mirror-opt: interrupted; go on with: {hint}\n"
+    assert run(*hint.split()[1:]) == 0
+    assert (out / "fits.png").exists()
+    assert (out / "results.json").exists()
+
+
+def test_interrupted_before_a_run_is_replaced(trained, tmp_path, capsys, monkeypatch):
+    out = shutil.copytree(trained, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setattr(train_module, "build", stop)
+    for options in (["--out", out, "--overwrite"], ["--out", tmp_path / "new"]):
+        assert run("train", "--task", "glyphs", *IMAGES, *options) == 130
+        assert capsys.readouterr().err == "mirror-opt: interrupted; the run had not begun\n"
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "plot"])
+def test_interrupted_evaluation_and_drawing(trained, capsys, monkeypatch, command):
+    monkeypatch.setattr(cli, "evaluate_run", stop)
+    monkeypatch.setattr(cli.plots, "draw", stop)
+    assert run(command, "--out", trained) == 130
+    assert capsys.readouterr().err == "mirror-opt: interrupted\n"
 
 
 def test_default_directory(tmp_path, monkeypatch):

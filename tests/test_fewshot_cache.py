@@ -44,6 +44,25 @@ def test_built_once_and_again_when_damaged(cache, kind):
     assert list(cache.iterdir()) == [file]
 
 
+@pytest.mark.parametrize("kind", ["array", "arrays"])
+def test_built_again_whatever_byte_of_the_header_is_changed(cache, kind):
+    content = np.arange(100)
+
+    def load():
+        if kind == "array":
+            return cached_array("a.npy", lambda: content)
+        return cached_arrays("a.npz", lambda: {"content": content})
+
+    load()
+    (file,) = cache.iterdir()
+    sound = file.read_bytes()
+    # The braces of the array's header, and the archive's flags and offsets.
+    for at in range(10, 100) if kind == "array" else range(len(sound) - 80, len(sound)):
+        file.write_bytes(sound[:at] + b"(" + sound[at + 1 :])
+        load()  # where it cannot be read, built again
+    assert list(cache.iterdir()) == [file]
+
+
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")

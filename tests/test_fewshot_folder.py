@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 import zipfile
 
@@ -200,6 +202,99 @@ def test_a_damaged_zip_file(folder):
         ImageFolder(**SMALL, data_dir=folder)
 
 
+def empty(folder):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def with_notes(folder):
+    empty(folder)
+    (folder / "notes.txt").write_text("no image")
+
+
+@pytest.mark.parametrize("change", [empty, with_notes])
+@pytest.mark.parametrize("place", ["train/train-2", "test/test-0", "val/of/a/kind"])
+def test_a_class_folder_without_images_is_named(folder, place, change):
+    (folder / place).mkdir(parents=True, exist_ok=True)
+    change(folder / place)
+    with pytest.raises(InputError, match=f"there is no image in {folder / place}: put some into"):
+        ImageFolder(**SMALL, data_dir=folder)
+
+
+def test_an_empty_split_folder_is_named(folder):
+    shutil.rmtree(folder / "test")
+    (folder / "test").mkdir()
+    with pytest.raises(InputError, match=f"there is no image in {folder / 'test'}: put some into"):
+        ImageFolder(**SMALL, data_dir=folder)
+
+
+def test_a_class_without_images_in_a_zip_file_is_named(folder):
+    pack(folder / "test", folder / "test.zip")
+    shutil.rmtree(folder / "test")
+    with zipfile.ZipFile(folder / "test.zip", "a") as archive:
+        archive.writestr("test-8/", "")
+    with pytest.raises(InputError, match=f"there is no image in {folder / 'test' / 'test-8'}: put"):
+        ImageFolder(**SMALL, data_dir=folder)
+
+
+def test_folders_of_other_things_are_passed_over(folder, image_folder):
+    (folder / "lost+found").mkdir()
+    (folder / "broken.zip").write_bytes(b"no archive")
+    for place in ("train/train-0/notes", "train/.hidden", "test/__MACOSX"):
+        (folder / place).mkdir()
+        (folder / place / "notes.txt").write_text("no image")
+    (folder / "train" / ".#lock").symlink_to("nowhere")
+    family = ImageFolder(**SMALL, data_dir=folder)
+    assert same_tasks(family, ImageFolder(**SMALL, data_dir=image_folder))
+
+
+@pytest.fixture
+def locked(monkeypatch):
+    r"""Makes a folder unreadable, even for a superuser, whom permissions do not stop."""
+    scan = os.scandir
+
+    def lock(folder):
+        def refuse(path):
+            if str(path) == str(folder):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return scan(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+
+    return lock
+
+
+@pytest.mark.parametrize("place", ["train", "train/train-1", "val/val-5"])
+def test_an_unreadable_folder_is_named(folder, locked, place):
+    locked(folder / place)
+    with pytest.raises(InputError, match=f"cannot read the folder {folder / place}: Permission"):
+        ImageFolder(**SMALL, data_dir=folder)
+
+
+def test_an_unreadable_folder_of_listed_images_is_named(flat, locked):
+    write_lists(flat, "images")
+    locked(flat / "images" / "val-3")
+    with pytest.raises(InputError, match=r"cannot read the folder .*images/val-3: Permission"):
+        ImageFolder(**SMALL, data_dir=flat)
+
+
+@pytest.mark.parametrize("name", ["train-1", "train-2/0.png", "train-9"])
+def test_a_link_that_leads_nowhere_is_named(folder, name):
+    path = folder / "train" / name
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    path.symlink_to("nowhere")
+    with pytest.raises(InputError, match=f"cannot read {path}: No such file or directory; mend"):
+        ImageFolder(**SMALL, data_dir=folder)
+
+
+def test_folders_that_hold_each_other(folder):
+    (folder / "train" / "train-0" / "again").symlink_to(folder / "train")
+    with pytest.raises(InputError, match=r"cannot read .*/again: Too many levels"):
+        ImageFolder(**SMALL, data_dir=folder)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -235,7 +330,7 @@ def test_bad_lists(flat, text, message):
         ImageFolder(**SMALL, data_dir=flat)
 
 
-@pytest.mark.parametrize("size", [0, -3, 2.5])
+@pytest.mark.parametrize("size", [0, -3, 2.5, True])
 def test_bad_image_size(image_folder, size):
     with pytest.raises(InputError, match=f"image_size is {size}"):
         ImageFolder(**SMALL, data_dir=image_folder, image_size=size)

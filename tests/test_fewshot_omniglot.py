@@ -94,10 +94,31 @@ def test_where_the_data_is_looked_for(omniglot_folder, tmp_path, monkeypatch):
     assert Omniglot(**SMALL).ways == 5
 
 
-@pytest.mark.parametrize("validation", [-1, 1200])
+@pytest.mark.parametrize("validation", [-1, 1200, "many"])
 def test_validation_out_of_range(omniglot_folder, validation):
     with pytest.raises(InputError, match=f"validation is {validation}: .* 1200 training"):
         Omniglot(**SMALL, data_dir=omniglot_folder, validation=validation)
+
+
+def test_rotations_that_are_neither_true_nor_false(omniglot_folder):
+    with pytest.raises(InputError, match="rotations is 'no': pass True or False"):
+        Omniglot(**SMALL, data_dir=omniglot_folder, rotations="no")
+
+
+def test_a_character_without_drawings(omniglot_folder, tmp_path):
+    for path in omniglot_folder.glob("*.zip"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    empty = tmp_path / "images_evaluation" / "Greek" / "character09"
+    empty.mkdir(parents=True)
+    with pytest.raises(InputError, match=f"there is no image in {empty}"):
+        Omniglot(**SMALL, data_dir=tmp_path)
+
+
+def test_other_files_beside_the_data_are_not_looked_at(omniglot_folder, tmp_path):
+    for path in omniglot_folder.glob("*.zip"):
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "other.zip").write_bytes(b"no archive")
+    assert Omniglot(**SMALL, data_dir=tmp_path).ways == 5
 
 
 def test_unknown_split(omniglot_folder):

@@ -3,6 +3,7 @@
 A new map is tested by being registered.
 """
 
+import inspect
 import io
 import math
 
@@ -10,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mirror_opt import maps
+from mirror_opt import NewtonError, maps
 from mirror_opt.errors import InputError
 from mirror_opt.maps.base import dot
-from mirror_opt.newton import NewtonError, Status
+from mirror_opt.newton import Status
 
 CASES = [
     pytest.param(name, options, id=f"{name}-{i}")
@@ -92,6 +93,56 @@ def test_meta_curvature_is_not_symmetric():
     assert (j - j.T).abs().max() > 1e-2
     with pytest.raises(TypeError, match="no potential"):
         mirror_map.potential([torch.zeros(3, 2, dtype=torch.float64)])
+
+
+def both_parametrizations(name: str, options: dict) -> list[dict]:
+    if "parametrization" not in inspect.signature(maps.REGISTRY[name]).parameters:
+        return [options]
+    return [{**options, "parametrization": kind} for kind in ("dual", "primal")]
+
+
+@pytest.mark.parametrize("way", ["forward", "inverse"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        pytest.param(case.values[0], options, id=f"{case.id}-{i}")
+        for case in CASES
+        for i, options in enumerate(both_parametrizations(*case.values))
+    ],
+)
+def test_derivatives_to_second_order(name, options, way):
+    torch.manual_seed(11)
+    mirror_map = learned(name, options, shapes=((2, 3),))
+    (x,) = points(mirror_map, ((2, 3),))
+    if way == "inverse":
+        x = mirror_map([x])[0]
+    # Empty parameters (of no units) have no derivative, and gradcheck does not take them.
+    named = {key: p for key, p in mirror_map.named_parameters() if p.numel()}
+    inputs = [v.detach().clone().requires_grad_() for v in (x, *named.values())]
+
+    class Way(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.map = mirror_map
+
+        def forward(self, x: Tensor) -> Tensor:
+            return getattr(self.map, way)([x])[0]
+
+    def result(x: Tensor, *values: Tensor) -> Tensor:
+        swapped = {f"map.{key}": value for key, value in zip(named, values, strict=True)}
+        return torch.func.functional_call(Way(), swapped, (x,))
+
+    # The input is used elsewhere too: beside the result, whose incoming gradient then depends on
+    # it, and in a term of its own, so that no incoming gradient does.
+    def beside(x: Tensor, *values: Tensor) -> Tensor:
+        return result(x, *values) * x
+
+    def apart(x: Tensor, *values: Tensor) -> Tensor:
+        return result(x, *values).sum() + x.square().sum()
+
+    for function in (beside, apart):
+        assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize(("name", "options"), DGF_CASES)
@@ -241,6 +292,54 @@ def test_half_precision_parameters_get_float32_maps():
             assert {p.dtype for p in mirror_map.parameters()} == {torch.float32}
             for way in (mirror_map.forward, mirror_map.inverse):
                 torch.testing.assert_close(way([x])[0], way([x.float()])[0])
+
+
+OWNERS = [name for name, cls in sorted(maps.REGISTRY.items()) if cls.owns_tensors]
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("call", ["check", "forward", "inverse"])
+@pytest.mark.parametrize("name", OWNERS)
+def test_tensors_whose_dtype_does_not_fit(name, call):
+    def tensors(dtype: torch.dtype) -> list[Tensor]:
+        return [torch.full(shape, 0.5, dtype=dtype) for shape in ((3, 2), (2,))]
+
+    served = {torch.float32: (torch.float32, *HALVES), torch.float64: (torch.float64,)}
+    for built in (torch.float32, torch.float64, *HALVES):
+        mirror_map = maps.create(name, tensors(built))
+        wide = torch.promote_types(built, torch.float32)
+        for dtype in (torch.float32, torch.float64, *HALVES):
+            if dtype in served[wide]:
+                getattr(mirror_map, call)(tensors(dtype))
+                continue
+            needed = torch.promote_types(dtype, torch.float32)
+            with pytest.raises(InputError, match=rf"tensor 0 in {needed}.*\.to\({needed}\)"):
+                getattr(mirror_map, call)(tensors(dtype))
+            getattr(mirror_map.to(needed), call)(tensors(dtype))
+            mirror_map.to(wide)
+        # The second alone, so that the check looks at each.
+        mixed = [
+            tensors(built)[0],
+            tensors(torch.float64 if wide == torch.float32 else HALVES[0])[1],
+        ]
+        with pytest.raises(InputError, match="tensor 1"):
+            getattr(mirror_map, call)(mixed)
+        with pytest.raises(InputError, match=r"own parameters are torch\.bfloat16"):
+            getattr(mirror_map.bfloat16(), call)(tensors(torch.bfloat16))
+
+
+def test_a_solve_beyond_its_precision_says_what_helps():
+    torch.manual_seed(0)
+    mirror_map = maps.KroneckerNeural([torch.zeros(6, 5)], terms=2, units=0)
+    with torch.no_grad():
+        for key, p in mirror_map.named_parameters():
+            p.copy_((100 if "factors" in key else 0.2) * torch.randn_like(p))
+    x = [torch.randn(6, 5)]
+    with pytest.raises(NewtonError, match=r"lower rate.*inverse_is_closed") as caught:
+        mirror_map(x)
+    assert caught.value.status is Status.MAX_ITERATIONS
+    assert mirror_map.inverse_is_closed
+    assert torch.isfinite(mirror_map.inverse(x)[0]).all()
 
 
 def test_bounds_where_a_tensor_is_empty():

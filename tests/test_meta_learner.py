@@ -177,6 +177,7 @@ def test_engine_choice():
     assert choose(model()) == "vmap"
     assert choose(nn.Conv2d(1, 1, 1)) == "loop"
     assert choose(nn.BatchNorm1d(2)) == "loop"
+    assert choose(nn.InstanceNorm1d(2, affine=True, track_running_stats=True)) == "loop"
     assert choose(nn.BatchNorm1d(2, track_running_stats=False)) == "vmap"
     net = model()
     solved = maps.KroneckerNeural(net.parameters(), terms=2, parametrization="primal")
@@ -243,8 +244,9 @@ def test_bad_calls():
         meta.build("maml", model(), map_name="separable")
     with pytest.raises(InputError, match="one of maml"):
         meta.defaults("nonsense", "sinusoid")
-    with pytest.raises(InputError, match="track_running_stats"):
-        MetaLearner(nn.BatchNorm1d(2), engine="vmap")
+    for norm in (nn.BatchNorm1d(2), nn.InstanceNorm1d(2, affine=True, track_running_stats=True)):
+        with pytest.raises(InputError, match="track_running_stats"):
+            MetaLearner(norm, engine="vmap")
     learner = MetaLearner(model())
     for steps in (-1, 1.5, True):
         with pytest.raises(InputError, match="at least 0"):

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirror_opt import reference
-from mirror_opt.newton import Status, solve_convex, solve_monotone
+from mirror_opt import NewtonError, maps, reference
+from mirror_opt.newton import Status, implicit_convex, solve_convex, solve_monotone
 from mirror_opt.ops import separable_inverse
 from mirror_opt.reference import SIGMAS, Units
 
@@ -67,8 +67,9 @@ def test_status_is_data_and_elements_are_independent():
     assert full.residual < 1e-14
     short = solve_psi(t, units, max_iterations=1, tolerance=1e-15)
     assert short.status is Status.MAX_ITERATIONS
-    with pytest.raises(ArithmeticError, match="raise max_iterations"):
+    with pytest.raises(NewtonError, match="lower rate") as caught:
         short.unwrap()
+    assert caught.value.status is Status.MAX_ITERATIONS
     # An element's answer does not depend on its company.
     alone = torch.cat([solve_psi(t[i : i + 1], units).value for i in range(0, 101, 25)])
     assert torch.equal(alone, full.value[::25])
@@ -161,3 +162,89 @@ def test_solve_convex():
     torch.testing.assert_close(single.value, torch.full((3,), 5e24))
     nan = torch.full((8,), math.nan, dtype=torch.float64)
     assert solve_convex(f, lambda y: f, lambda y: y.sum(), nan).status is Status.NONFINITE
+
+
+def quartic(t: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The y with A y + b y^3 = t, A = a a^T + I."""
+
+    def product(v: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return a @ (a.mT @ v) + v
+
+    return implicit_convex(
+        lambda y, a, b: product(y, a) + b * y**3,
+        lambda y, a, b: lambda v: product(v, a) + 3 * b * y**2 * v,
+        lambda y, a, b: (y * product(y, a)).sum() / 2 + (b * y**4).sum() / 4,
+        t,
+        a,
+        b,
+    )
+
+
+def quartic_inputs() -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(4)
+    inputs = (torch.randn(4), torch.randn(4, 4), 0.5 + torch.rand(4))
+    return tuple(x.double().requires_grad_() for x in inputs)
+
+
+def test_implicit_convex_to_third_order():
+    inputs = quartic_inputs()
+    assert torch.autograd.gradcheck(quartic, inputs)
+    assert torch.autograd.gradgradcheck(quartic, inputs)
+
+    # With t and b used elsewhere too, on a path that no incoming gradient tells of.
+    def elsewhere(t, a, b):
+        return quartic(t, a, b).sum() + (t * b).square().sum()
+
+    assert torch.autograd.gradgradcheck(elsewhere, inputs)
+
+    def slope(t, a, b):
+        return torch.autograd.grad(elsewhere(t, a, b), (t, a, b), create_graph=True)
+
+    assert torch.autograd.gradgradcheck(slope, inputs, fast_mode=True)
+    # torch.func takes the same derivatives.
+    t, a, b = (x.detach() for x in inputs)
+    hessian = torch.autograd.functional.hessian(lambda t: elsewhere(t, a, b), t)
+    rows = torch.stack([torch.func.grad(lambda t, i=i: slope_of(t, a, b)[i])(t) for i in range(4)])
+    torch.testing.assert_close(rows + 2 * torch.diag(b * b), hessian)
+
+
+def slope_of(t: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.func.grad(lambda t: quartic(t, a, b).sum())(t)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_passes_on_as_nan(bad):
+    inputs = quartic_inputs()
+    y = quartic(*inputs)
+    incoming = torch.zeros_like(y)
+    incoming[1] = bad
+    for gradient in torch.autograd.grad(y, inputs, incoming):
+        assert gradient.isnan().any()
+
+
+def test_a_linear_solve_that_fails_in_backward_is_an_error():
+    t = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    matrix = torch.eye(3, dtype=torch.float64)
+    y = implicit_convex(lambda y: y, lambda y: lambda v: matrix @ v, lambda y: (y * y).sum() / 2, t)
+    # Not symmetric: what conjugate gradients do not solve.
+    matrix += torch.tensor([[0, 5, 0], [-5, 0, 5], [0, -5, 0]])
+    with pytest.raises(NewtonError, match="MAX_ITERATIONS"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1.0, 1e-5, 1e-12])
+@pytest.mark.parametrize("options", [{}, {"terms": 2}], ids=str)
+def test_a_coupled_solve_of_a_small_target_converges(dtype, size, options):
+    # Near zero the units cancel, and what is left of their rounding no y can undo.
+    for seed in range(20):
+        torch.manual_seed(seed)
+        target = [size * torch.randn(4, 3, dtype=dtype), size * torch.randn(5, dtype=dtype)]
+        mirror_map = maps.KroneckerNeural(target, **options)
+        with torch.no_grad():
+            for p in mirror_map.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+            back = mirror_map.inverse(mirror_map(target))
+        for x, y in zip(back, target, strict=True):
+            error = (x - y).abs().max()
+            assert error <= 1000 * torch.finfo(dtype).eps * max(float(y.abs().max()), 0.1)

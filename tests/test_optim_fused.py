@@ -151,16 +151,29 @@ DTYPES = list(itertools.permutations([torch.float32, torch.float64]))
 
 
 @pytest.mark.parametrize(("built", "used"), DTYPES, ids=str)
-@pytest.mark.parametrize("late", [False, True])
-def test_another_dtype_than_the_map_was_built_for(built, used, late, taken):
+@pytest.mark.parametrize("choice", [None, False, True])
+def test_another_dtype_than_the_map_was_built_for(built, used, choice, taken):
+    params = start("separable", {}, built)
+    optimizer = MirrorDescent(params, 0.1, learned("separable", params, {}), fused=choice)
+    for p in params:
+        p.data = p.data.to(used)
+        p.grad = torch.ones_like(p)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(InputError, match=r"convert the map with|another dtype"):
+        optimizer.step()
+    assert not taken
+    assert same(before, params)
+
+
+@pytest.mark.parametrize(("built", "used"), DTYPES, ids=str)
+def test_parameters_that_change_their_dtype_beside_their_state(built, used, taken):
     ends = []
     for choice in (None, False):
         params = start("separable", {}, built)
         mirror_map = learned("separable", params, {})
         optimizer = MirrorDescent(params, 0.1, mirror_map, fused=choice, momentum=0.9)
-        if late:
-            descend(optimizer, params, 2)
-            taken.clear()
+        descend(optimizer, params, 2)
+        taken.clear()
         for p in params:
             p.data = p.data.to(used)
             p.grad = None

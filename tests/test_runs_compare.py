@@ -156,5 +156,5 @@ def test_table():
 
 def test_a_results_file_with_a_foreign_row(tmp_path):
     (tmp_path / "results.json").write_text('[{"method": "maml"}]')
-    with pytest.raises(InputError, match=r"results\.json: a row lacks adapt_steps"):
+    with pytest.raises(InputError, match=r"results\.json: a row lacks task"):
         results.read(tmp_path / "results.json")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mirror_opt.errors import InputError
+from mirror_opt.files import atomic_write
 from mirror_opt.runs import checkpoint, directory
 
 STATE = {
@@ -69,7 +70,7 @@ def test_one_flipped_bit_in_a_tensor(path):
 
 
 def test_checkpoint_that_would_run_code(path):
-    torch.save({"format": "mirror_opt.run", "version": 2, "run": os.system}, path)
+    torch.save({"format": "mirror_opt.run", "version": checkpoint.VERSION, "run": os.system}, path)
     refused(path, "damaged")
 
 
@@ -83,8 +84,8 @@ def test_checkpoint_of_another_version(path):
     [
         [1, 2],
         {"weight": torch.zeros(2)},
-        {"format": "mirror_opt.run", "version": 2, **STATE, "losses": None},
-        {"format": "mirror_opt.run", "version": 2, "config": {}},
+        {"format": "mirror_opt.run", "version": checkpoint.VERSION, **STATE, "losses": None},
+        {"format": "mirror_opt.run", "version": checkpoint.VERSION, "config": {}},
     ],
 )
 def test_file_of_something_else(path, content):
@@ -132,11 +133,62 @@ def test_json_is_strict(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2", "{}", "nonsense"])
+@pytest.mark.parametrize("text", ["", "[1, 2", "{}", "nonsense", "[" * 100_000])
 def test_bad_json_names_the_file(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(InputError, match=r"a\.json"):
         directory.read_json(tmp_path / "a.json", list)
+
+
+def test_json_that_cannot_be_read_names_the_file(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(InputError, match=r"a\.json: cannot be read \(Is a directory\)"):
+        directory.read_json(tmp_path / "a.json", list)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("config.json", {"methods": []}),
+        ("config.json", {"methods": {}}),
+        ("config.json", {"methods": {"maml": 3}}),
+        ("history.json", {}),
+        ("history.json", {"loss": 3}),
+        ("history.json", {"loss": []}),
+        ("history.json", {"loss": [1.0, "2"]}),
+        ("history.json", {"loss": [True]}),
+        ("history.json", {"loss": [float("inf")]}),
+    ],
+)
+def test_a_config_or_a_history_of_a_wrong_form(tmp_path, name, value):
+    (tmp_path / name).write_text(json.dumps(value))
+    with pytest.raises(InputError, match=rf"{name}: its .*; restore it or train again"):
+        directory.read_json(tmp_path / name, dict)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("config.json", {"task": "sinusoid"}),
+        ("config.json", {"methods": {"maml": {"task": "sinusoid"}}}),
+        ("history.json", {"loss": [1.5, None, 2], "skipped": 1}),
+    ],
+)
+def test_a_config_or_a_history_of_the_right_form(tmp_path, name, value):
+    directory.write_json(tmp_path / name, value)
+    assert directory.read_json(tmp_path / name, dict) == value
+
+
+def test_a_failed_write_names_the_file_that_was_to_be(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        directory.write_json(tmp_path / "a.json", [])
+    assert caught.value.filename == str(tmp_path / "a.json")
+
+
+def test_what_fails_beside_a_write_keeps_its_own_message(tmp_path):
+    with pytest.raises(TimeoutError, match=r"^timed out$"), atomic_write(tmp_path / "a.zip"):
+        raise TimeoutError("timed out")
 
 
 def test_clear_removes_a_runs_files_and_nothing_else(tmp_path):

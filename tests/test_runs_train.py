@@ -75,7 +75,7 @@ def test_a_run_directory(whole):
     rows = json.loads((whole / "results.json").read_text())
     assert [row["adapt_steps"] for row in rows] == [0, 1]
     for row in rows:
-        assert tuple(row) == results.ROW
+        assert tuple(row) == tuple(results.ROW)
         assert row["method"] == "mirror"
         assert row["map"] == "kronecker"
         assert row["train_steps"] == "1-3"

@@ -8,12 +8,9 @@ read without pickle.
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -86,9 +83,12 @@ def _cached(
 ) -> _Content:
     path = cache_dir() / name
     try:
-        # What a damaged file raises; it is built again below.
-        with suppress(FileNotFoundError, ValueError, EOFError, BadZipFile, zlib.error):
+        try:
             return load(path)
+        except (PermissionError, NotADirectoryError):
+            raise  # told now, not after a long build
+        except Exception:
+            pass  # absent, or damaged, which can raise anything: built again
         content = build()
         with atomic_write(path) as file:
             save(file, content)

@@ -4,8 +4,8 @@ import csv
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping
-from itertools import combinations
+from collections.abc import Iterable
+from itertools import chain, combinations
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +31,8 @@ class ImageFolder(ImageTasks):
     - a folder for each split, ``train/apple/*.png``, ``val/...`` and ``test/...`` (CIFAR-FS).
 
     Any folder may be a zip file of its name (``train.zip``, ``images.zip``), read as it is.
-    Train and test are needed, validation only where it is sampled. Images are resized to
-    ``image_size`` and decoded once, into the cache.
+    Train and test are needed, validation only where it is sampled. What else lies in the folder
+    is not looked at. Images are resized to ``image_size`` and decoded once, into the cache.
 
     Arguments:
         ways: The number of classes in a task.
@@ -44,8 +44,8 @@ class ImageFolder(ImageTasks):
             training image, at most 84.
 
     Raises:
-        InputError: a folder, a split or a listed image that is absent, a class in two splits or
-            with too few images, an image that cannot be read, a number out of range.
+        InputError: a folder, a split or a listed image that is absent or cannot be read, a class
+            without images, with too few, or in two splits, a number out of range.
     """
 
     name = "folder"
@@ -65,7 +65,7 @@ class ImageFolder(ImageTasks):
         first = next(iter(splits["train"].values()))[0]
         side, channels = inspect(first)
         size = min(side, _LARGEST_DEFAULT) if image_size is None else image_size
-        if not isinstance(size, int) or size < 1:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise InputError(f"image_size is {size!r}: pass the side of the images in pixels")
         sets = {split: _read(classes, size, channels) for split, classes in splits.items()}
         super().__init__(sets, ways=ways, shots=shots, queries=queries, seed=seed)
@@ -85,13 +85,12 @@ def _root(data_dir: str | os.PathLike | None) -> Path:
 
 
 def _splits(root: Path) -> dict[str, _Classes]:
-    files = list_images(root)
     if (root / _SPLIT_FILE).is_file():
-        splits = _from_classes(root / _SPLIT_FILE, files)
+        splits = _from_classes(root / _SPLIT_FILE)
     elif any((root / f"{split}.csv").is_file() for split in SPLITS):
-        splits = _from_lists(root, files)
+        splits = _from_lists(root)
     else:
-        splits = _from_folders(files)
+        splits = _from_folders(root)
     for split in ("train", "test"):
         if not splits.get(split):
             held = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
@@ -108,27 +107,26 @@ def _splits(root: Path) -> dict[str, _Classes]:
     return splits
 
 
-def _from_folders(files: Mapping[str, ImageFile]) -> dict[str, _Classes]:
+def _from_folders(root: Path) -> dict[str, _Classes]:
     splits: dict[str, _Classes] = defaultdict(lambda: defaultdict(list))
-    for name, file in files.items():
+    for name, file in list_images(root, SPLITS, whole=True).items():
         split, _, rest = name.partition("/")
-        label = rest.rpartition("/")[0]
-        if split in SPLITS and label:
+        if label := rest.rpartition("/")[0]:
             splits[split][label].append(file)
     return splits
 
 
-def _from_classes(path: Path, files: Mapping[str, ImageFile]) -> dict[str, _Classes]:
+def _from_classes(path: Path) -> dict[str, _Classes]:
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
         named = {split: [str(label) for label in listed.get(split, [])] for split in SPLITS}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(
             f"cannot read {path}: {error}; write a JSON object with a list of classes for each "
             f"of {', '.join(SPLITS)}"
         ) from error
     folders: _Classes = defaultdict(list)
-    for name, file in files.items():
+    for name, file in _list_named(path.parent, chain.from_iterable(named.values())).items():
         folders[name.rpartition("/")[0]].append(file)
     splits: dict[str, _Classes] = {split: {} for split in SPLITS}
     for split, labels in named.items():
@@ -143,15 +141,16 @@ def _from_classes(path: Path, files: Mapping[str, ImageFile]) -> dict[str, _Clas
     return splits
 
 
-def _from_lists(root: Path, files: Mapping[str, ImageFile]) -> dict[str, _Classes]:
+def _from_lists(root: Path) -> dict[str, _Classes]:
+    paths = {split: root / f"{split}.csv" for split in SPLITS}
+    rows = {split: _rows(path) for split, path in paths.items() if path.is_file()}
+    files = _list_named(root, (name for name, _ in chain.from_iterable(rows.values())))
     splits: dict[str, _Classes] = {}
     listed: set[str] = set()
-    for split in SPLITS:
-        path = root / f"{split}.csv"
-        if not path.is_file():
-            continue
+    for split in rows:
+        path = paths[split]
         classes: _Classes = defaultdict(list)
-        for line, (name, label) in enumerate(_rows(path), start=2):
+        for line, (name, label) in enumerate(rows[split], start=2):
             file = files.get(f"images/{name}") or files.get(name)
             if file is None:
                 raise InputError(
@@ -163,6 +162,11 @@ def _from_lists(root: Path, files: Mapping[str, ImageFile]) -> dict[str, _Classe
             classes[label].append(file)
         splits[split] = classes
     return splits
+
+
+def _list_named(root: Path, names: Iterable[str]) -> dict[str, ImageFile]:
+    r"""The images in ``images`` and in whatever folders of ``root`` the names start with."""
+    return list_images(root, {"images", *(name.partition("/")[0] for name in names)})
 
 
 def _rows(path: Path) -> list[tuple[str, str]]:

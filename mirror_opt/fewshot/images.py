@@ -1,13 +1,15 @@
 r"""Image files, in folders or in zip files, as one listing; and their pixels as one array."""
 
+import logging
 import os
+import stat
 import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import PIL
@@ -20,16 +22,10 @@ from mirror_opt.fewshot.cache import cached_array, digest
 __all__ = ["ImageFile", "inspect", "list_images", "read_images"]
 
 _FORMAT = 1  # of the cached arrays: change it with anything here that decides their content
+# What Pillow would log of a damaged image, its exception says too.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-_UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    RuntimeError,
-    zlib.error,
-    zipfile.BadZipFile,
-    Image.DecompressionBombError,
-)
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,9 @@ class ImageFile:
         return str(self.path) if self.member is None else f"{self.member} in {self.path}"
 
 
-def list_images(root: Path) -> dict[str, ImageFile]:
+def list_images(
+    root: Path, tops: Collection[str] | None = None, *, whole: bool = False
+) -> dict[str, ImageFile]:
     r"""The images below the folder ``root``, and those in zip files directly in it, by name.
 
     A zip file stands for a folder of its name: ``apple/1.png`` in ``train.zip`` and
@@ -60,12 +58,28 @@ def list_images(root: Path) -> dict[str, ImageFile]:
     member have one name, the file is meant. Files that are hidden or have no suffix of an image
     are passed over.
 
+    Arguments:
+        root: The folder.
+        tops: With what a name may start: whatever else lies in ``root`` is not looked at.
+            Default: anything.
+        whole: Whether a folder without an image in it, below it or beside it is an error.
+
     Raises:
-        InputError: a zip file that cannot be read.
+        InputError: a folder or a zip file that cannot be read, or a folder without images.
     """
-    members = (file for path in sorted(root.glob("*.zip")) for file in _list_zip(path))
-    files = {file.name: file for file in (*members, *_list_folder(root))}
-    return dict(sorted(files.items()))
+    found: dict[str, ImageFile | None] = {}
+    paths = _entries(root)
+    for path in paths:
+        if path.suffix == ".zip" and (tops is None or path.stem in tops):
+            found.update(_list_zip(path))
+    for path in paths:
+        if tops is None or path.name in tops:
+            found.update(_list_path(root, path))
+    if whole and (barren := _barren(found)):
+        raise InputError(
+            f"there is no image in {root / barren[0]}: put some into it, or take it away"
+        )
+    return {name: file for name, file in sorted(found.items()) if file is not None}
 
 
 def inspect(file: ImageFile) -> tuple[int, int]:
@@ -108,9 +122,9 @@ def _decode(files: Sequence[ImageFile], size: int, channels: int, invert: bool) 
             image = _open(file, archives, stack)
             try:
                 image = image.convert("L" if channels == 1 else "RGB")
-            except _UNREADABLE as error:
+                image = image.resize((size, size), Image.Resampling.LANCZOS)
+            except Exception as error:
                 raise _unreadable(file, error) from error
-            image = image.resize((size, size), Image.Resampling.LANCZOS)
             row[:] = np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
     return 255 - pixels if invert else pixels
 
@@ -125,41 +139,119 @@ def _open(file: ImageFile, archives: dict[Path, zipfile.ZipFile], stack: ExitSta
                 archives[file.path] = stack.enter_context(zipfile.ZipFile(file.path))
             data = archives[file.path].read(file.member)
         return Image.open(BytesIO(data))
-    except _UNREADABLE as error:
+    except Exception as error:  # damaged bytes can raise anything in zipfile and Pillow
         raise _unreadable(file, error) from error
 
 
 def _unreadable(file: ImageFile, error: Exception) -> InputError:
     # Pillow's own message shows the buffer's address where it does not know the format.
-    reason = "no known image format" if isinstance(error, UnidentifiedImageError) else error
+    unknown = isinstance(error, UnidentifiedImageError)
+    reason = "no known image format" if unknown else _reason(error)
     return InputError(f"cannot read the image {file}: {reason}; mend it or take it away")
 
 
-def _list_zip(path: Path) -> Iterator[ImageFile]:
+def _reason(error: Exception) -> str:
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return " ".join((strerror or str(error) or type(error).__name__).split())
+
+
+# The listings: names by what they stand for, an image, or (None) a folder or another file. The name
+# of a folder ends with a slash.
+
+
+def _entries(root: Path) -> list[Path]:
+    try:
+        return sorted(root.iterdir())
+    except OSError as error:
+        _refuse_folder(error)
+
+
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise InputError(
+        f"cannot read the folder {error.filename}: {_reason(error)}; "
+        "make it readable or take it away"
+    ) from error
+
+
+def _list_path(root: Path, top: Path) -> Iterator[tuple[str, ImageFile | None]]:
+    if not top.is_dir():
+        yield _list_file(root, top)
+        return
+    for folder, subfolders, names in os.walk(top, onerror=_refuse_folder, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
+        yield f"{Path(folder).relative_to(root).as_posix()}/", None
+        for name in names:
+            yield _list_file(root, Path(folder, name))
+
+
+def _list_file(root: Path, path: Path) -> tuple[str, ImageFile | None]:
+    name = path.relative_to(root).as_posix()
+    # A link that leads nowhere may have been a folder of images.
+    if _is_hidden(*name.split("/")) or not (_is_image(name) or path.is_symlink()):
+        return name, None
+    try:
+        status = path.stat()
+    except OSError as error:
+        reason = _reason(error)
+        raise InputError(f"cannot read {path}: {reason}; mend it or take it away") from error
+    if not (_is_image(name) and stat.S_ISREG(status.st_mode)):
+        return name, None
+    return name, ImageFile(name, path, None, (status.st_size, status.st_mtime_ns))
+
+
+def _list_zip(path: Path) -> Iterator[tuple[str, ImageFile | None]]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except (OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"cannot read the zip file {path}: {error}; fetch it again") from error
+    except Exception as error:  # damaged bytes can raise anything in zipfile
+        reason = _reason(error)
+        raise InputError(f"cannot read the zip file {path}: {reason}; fetch it again") from error
     for member in members:
-        name = member.filename
+        parts = [part for part in member.filename.replace("\\", "/").split("/") if part != "."]
+        if ".." in parts:
+            raise InputError(
+                f"the zip file {path} has the member {member.filename!r}, outside of itself; "
+                "pack it again"
+            )
+        name = "/".join(parts).lstrip("/")
         if not name.startswith(f"{path.stem}/"):
             name = f"{path.stem}/{name}"
-        if _is_image(name):
-            yield ImageFile(name, path, member.filename, (member.file_size, member.CRC))
+        if not _is_image(name):
+            yield name, None
+            continue
+        if member.flag_bits & 1:
+            raise InputError(f"{name} in {path} is encrypted; pack the zip file again without that")
+        stamp = (member.file_size, member.CRC)
+        yield name, ImageFile(name, path, member.filename, stamp)
 
 
-def _list_folder(root: Path) -> Iterator[ImageFile]:
-    for folder, _, names in os.walk(root, followlinks=True):
-        for name in names:
-            path = Path(folder, name)
-            relative = path.relative_to(root).as_posix()
-            if _is_image(relative):
-                status = path.stat()
-                yield ImageFile(relative, path, None, (status.st_size, status.st_mtime_ns))
+def _barren(names: Iterable[str]) -> list[str]:
+    r"""The innermost folders without an image, unless they lie beside images of a class."""
+    folders: set[str] = set()
+    classes: set[str] = set()
+    for name in names:
+        folder = name.rpartition("/")[0]
+        if folder and not _is_hidden(*folder.split("/")):
+            folders.add(folder)
+            if _is_image(name):
+                classes.add(folder)
+    outer = {parent for folder in folders for parent in _parents(folder)}
+    beside = {folder for folder in classes if "/" in folder}
+    return sorted(
+        folder for folder in folders - classes - outer if beside.isdisjoint(_parents(folder)[:1])
+    )
+
+
+def _parents(folder: str) -> list[str]:
+    r"""``["a/b", "a"]`` of ``"a/b/c"``."""
+    parts = folder.split("/")
+    return ["/".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
 
 
 def _is_image(name: str) -> bool:
     *folders, file = name.split("/")
-    hidden = any(part.startswith((".", "__MACOSX")) for part in (*folders, file))
-    return not hidden and os.path.splitext(file)[1].lower() in _SUFFIXES
+    return not _is_hidden(*folders, file) and os.path.splitext(file)[1].lower() in _SUFFIXES
+
+
+def _is_hidden(*parts: str) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in parts)

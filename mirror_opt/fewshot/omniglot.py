@@ -93,7 +93,9 @@ class Omniglot(ImageTasks):
         else:
             train = [c for c in ordered if c.startswith(_PARTS[0])]
             test = [c for c in ordered if c.startswith(_PARTS[1])]
-        if not 0 <= validation < len(train):
+        if not isinstance(rotations, bool):
+            raise InputError(f"rotations is {rotations!r}: pass True or False")
+        if not isinstance(validation, int) or not 0 <= validation < len(train):
             raise InputError(
                 f"validation is {validation}: pass how many of the {len(train)} training "
                 "characters to keep for validation, or 0"
@@ -194,11 +196,7 @@ def _find(data_dir: str | os.PathLike | None, fetch: bool) -> dict[str, ImageFil
 def _look(places: list[Path]) -> dict[str, ImageFile] | None:
     for place in places:
         if all((place / part).is_dir() or (place / f"{part}.zip").is_file() for part in _PARTS):
-            return {
-                name: file
-                for name, file in list_images(place).items()
-                if name.startswith(tuple(f"{part}/" for part in _PARTS))
-            }
+            return list_images(place, _PARTS, whole=True)
     return None
 
 

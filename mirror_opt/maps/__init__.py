@@ -1,6 +1,6 @@
 """Mirror maps: gradients of distance-generating functions, classical and learned."""
 
-from mirror_opt.maps.base import REGISTRY, MirrorMap, Profile, create
+from mirror_opt.maps.base import REGISTRY, MirrorMap, Profile, create, register
 from mirror_opt.maps.baselines import MetaCurvature
 from mirror_opt.maps.classical import Diagonal, Euclidean, Hypentropy, NegativeEntropy, PNorm
 from mirror_opt.maps.kronecker import KroneckerNeural
@@ -19,4 +19,5 @@ __all__ = [
     "Profile",
     "SeparableNeural",
     "create",
+    "register",
 ]

@@ -173,7 +173,10 @@ class MirrorMap(nn.Module):
     # Input.
 
     def check(self, params: Sequence[Tensor]) -> None:
-        """Raises InputError unless the map serves these parameters (number, shapes, domain)."""
+        """Raises InputError unless the map serves these parameters.
+
+        Their number, shapes and dtypes for a map with parameters of its own, and the domain.
+        """
         # Zero is let in: steps reach it by underflow, and a resumed run must be able to start
         # there.
         outside = {
@@ -236,7 +239,10 @@ class MirrorMap(nn.Module):
 class OwningMap(MirrorMap):
     """A map with parameters of its own for each tensor; the constructor takes the tensors first.
 
-    Those are float32 for tensors of half precision, and so is what the map then returns.
+    Those are float32 for tensors of half precision, and so is what the map then returns. For others
+    they have the dtype of the tensor; ``.to`` converts the map where the tensors are converted.
+
+    Subclasses also implement ``_own_dtype``.
     """
 
     owns_tensors = True
@@ -257,6 +263,27 @@ class OwningMap(MirrorMap):
     def _widened(self, xs: Tensors) -> Tensors:
         return [None if x is None else x.to(learned_dtype(x.dtype)) for x in xs]
 
+    def _own_dtype(self, coefficient: Any) -> torch.dtype:
+        """The dtype of what the map computes from its own parameters for one tensor."""
+        raise NotImplementedError
+
+    def _check_dtype(self, index: int, x: Tensor, coefficient: Any) -> None:
+        """Raises InputError unless this tensor, widened, fits the map's own parameters."""
+        own = self._own_dtype(coefficient)
+        if x.dtype != own:
+            raise InputError(
+                f"{type(self).__name__} computes tensor {index} in {x.dtype}, and its own "
+                f"parameters are {own}: convert the map with .to({x.dtype}), or pass tensors of "
+                "the dtype that it was built for"
+            )
+
+    def _batches(self, xs: Tensors, coefficients: Sequence[Any] | None) -> list[_Batch]:
+        batches = super()._batches(xs, coefficients)
+        for (index,), x, coefficient in batches:
+            self._check_dtype(index, x, coefficient)
+        return batches
+
+    @torch.no_grad()
     def check(self, params: Sequence[Tensor]) -> None:
         shapes = [tuple(p.shape) for p in params]
         if shapes != self.shapes:
@@ -265,13 +292,36 @@ class OwningMap(MirrorMap):
                 f"{shapes}: build it from the parameters that it is to serve"
             )
         super().check(params)
+        # Their dtypes, as every call checks them.
+        self._batches([torch.empty(p.shape, dtype=p.dtype, device="meta") for p in params], None)
 
 
 REGISTRY: dict[str, type[MirrorMap]] = {}
 
 
 def register(name: str, summary: str) -> Callable[[type[MirrorMap]], type[MirrorMap]]:
-    """Class decorator: makes a map known to ``create``, the command line and the tests."""
+    """Class decorator: makes a map known to ``create``, the command line and the tests.
+
+    Args:
+        name: what ``create`` takes; a name that is there already is replaced.
+        summary: one line for listings.
+
+    Returns:
+        The decorator. The class, a ``MirrorMap``, gets the attributes ``name`` and ``summary``.
+
+    Example:
+        >>> @register("half", "h = |x|^2, grad h = 2 x")
+        ... class Half(MirrorMap):
+        ...     def _gradient(self, x, coefficient):
+        ...         return 2 * x
+        ...     def _gradient_conjugate(self, z, coefficient):
+        ...         return z / 2
+        ...     def _potential(self, x, coefficient):
+        ...         return (x * x).sum()
+        >>> create("half", []).inverse([torch.tensor([4.0])])
+        (tensor([2.]),)
+        >>> del REGISTRY["half"]
+    """
 
     def add(cls: type[MirrorMap]) -> type[MirrorMap]:
         cls.name, cls.summary = name, summary

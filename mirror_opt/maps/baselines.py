@@ -50,6 +50,10 @@ class MetaCurvature(OwningMap):
     def coefficients(self) -> list[tuple[tuple[Tensor, ...], tuple[int, ...]]]:
         return [(tuple(f), modes) for f, modes in zip(self.factors, self.modes, strict=True)]
 
+    def _own_dtype(self, coefficient) -> torch.dtype:
+        factors, _ = coefficient
+        return factors[0].dtype
+
     def coupled(self, dims: int) -> tuple[int, ...]:
         return tuple(range(dims))
 

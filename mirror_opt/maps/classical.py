@@ -60,6 +60,9 @@ class Diagonal(OwningMap):
     def coefficients(self) -> list[Tensor]:
         return [log_d.exp() for log_d in self.log_d]
 
+    def _own_dtype(self, coefficient: Tensor) -> torch.dtype:
+        return coefficient.dtype
+
     def _gradient(self, x: Tensor, coefficient: Tensor) -> Tensor:
         return x / coefficient
 

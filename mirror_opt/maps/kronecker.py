@@ -13,7 +13,7 @@ from mirror_opt.maps.modes import fused_mode, mode_product, mode_sizes
 from mirror_opt.maps.separable import NeuralMap, NeuralUnits, Separable, alike
 from mirror_opt.newton import implicit_convex
 from mirror_opt.ops.kronecker import rotation_is_fused, separable_rotated
-from mirror_opt.reference import Units, psi_slope
+from mirror_opt.reference import Units, psi_bracket, psi_slope
 
 __all__ = ["KroneckerNeural"]
 
@@ -72,6 +72,14 @@ class _Terms(NamedTuple):
         gain, units, sigma = self.separable
         separable = Separable(some(gain), Units(*(some(x, 1) for x in units)), sigma)
         return _Terms(tuple(map(some, self.factors)), separable)
+
+    def tensors(self) -> list[Tensor]:
+        """All that they hold, in the order that ``replaced`` takes."""
+        return [self.separable.gain, *self.separable.units, *self.factors]
+
+    def replaced(self, gain: Tensor, w: Tensor, s: Tensor, c: Tensor, *factors: Tensor) -> "_Terms":
+        """The same with other values."""
+        return _Terms(factors, Separable(gain, Units(w, s, c), self.separable.sigma))
 
 
 class _Group(nn.Module):
@@ -135,8 +143,8 @@ class KroneckerNeural(NeuralMap):
 
     The other direction: for ``terms=1, eps=0`` one elementwise Newton solve between two changes of
     basis (the factors are then kept invertible as LU products); else a solve over all entries of
-    a tensor by Newton's method with conjugate gradients, differentiable once, and the mirror step
-    is best run with a dual state, which never needs it.
+    a tensor by Newton's method with conjugate gradients, and the mirror step is best run with a
+    dual state, which never needs it. Both are differentiable to any order.
 
     Args:
         params: the parameters that it serves, real floating tensors of any shape.
@@ -208,9 +216,14 @@ class KroneckerNeural(NeuralMap):
             mine = [(m, i, xs[i]) for m, i in enumerate(group.indices) if xs[i] is not None]
             if mine:
                 members, indices, present = map(list, zip(*mine, strict=True))
+                for i, x in zip(indices, present, strict=True):
+                    self._check_dtype(i, x, terms)
                 own = terms if len(mine) == len(group.indices) else terms.of(members)
                 batches.append(_Batch(indices, group.stack(present), own))
         return batches
+
+    def _own_dtype(self, coefficient: _Terms) -> torch.dtype:
+        return coefficient.separable.gain.dtype
 
     def _each(
         self,
@@ -324,13 +337,21 @@ class KroneckerNeural(NeuralMap):
         # Tensor by tensor: each converges in its own number of steps, to its own accuracy.
         def solve(t: Tensor, terms: _Terms) -> Tensor:
             return implicit_convex(
-                lambda u: self._closed(u, terms),
-                lambda u: self._jacobian(u, terms),
-                lambda u: self._integral(u, terms),
+                lambda u, *values: self._closed(u, terms.replaced(*values)),
+                lambda u, *values: self._jacobian(u, terms.replaced(*values)),
+                lambda u, *values: self._integral(u, terms.replaced(*values)),
                 t,
+                *terms.tensors(),
+                scale=lambda *values: self._cancelling(terms.replaced(*values)),
             )
 
         return torch.cat([solve(t[m : m + 1], terms.of([m])) for m in range(len(t))])
+
+    def _cancelling(self, terms: _Terms) -> Tensor:
+        """A bound on the norm of what the units add up to in F, and take away again near zero."""
+        gain, units, _ = terms.separable
+        largest = (gain * psi_bracket(units)).abs()
+        return mode_product(largest, [f.abs() for f in terms.factors], transpose=True).norm()
 
     def _bounds(self, coefficient: _Terms) -> tuple[Tensor, Tensor]:
         gain, units, sigma = coefficient.separable

@@ -304,6 +304,9 @@ class SeparableNeural(NeuralMap):
         found = [p for i, units, member in self._members() for p in units.profile(i, member)]
         return sorted(found, key=lambda profile: profile.tensor)
 
+    def _own_dtype(self, coefficient: Separable) -> torch.dtype:
+        return coefficient.gain.dtype
+
     def _closed(self, u: Tensor, coefficient: Separable) -> Tensor:
         return coefficient.value(u)
 

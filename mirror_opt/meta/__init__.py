@@ -2,7 +2,7 @@
 
 from mirror_opt.meta.adapted import Adapted, AdaptedBatch, Evaluation, NonFiniteLossError
 from mirror_opt.meta.learner import MetaLearner
-from mirror_opt.meta.methods import METHODS, MethodDefaults, build, defaults
+from mirror_opt.meta.methods import METHODS, Method, MethodDefaults, build, defaults
 
 __all__ = [
     "METHODS",
@@ -10,6 +10,7 @@ __all__ = [
     "AdaptedBatch",
     "Evaluation",
     "MetaLearner",
+    "Method",
     "MethodDefaults",
     "NonFiniteLossError",
     "build",

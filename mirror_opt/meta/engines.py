@@ -4,9 +4,10 @@ r"""How a batch of tasks is run: one after the other, or all at once.
 convolutions, which ``vmap`` turns into slow grouped ones. ``vmap`` runs them as one batched
 computation: the best choice for small networks and on a GPU.
 
-With ``vmap`` the meta-gradient is best taken OVER it, by autograd through one batched graph. Where
-that would be wrong (``meta.batch_statistics``) it is taken INSIDE: each task's meta-gradient is
-computed on the spot and handed out when ``backward`` is called (``_Precomputed``).
+The meta-gradient is taken by autograd over one graph, in which ``vmap`` batches the forward pass
+alone (``differentiation="batched"`` of ``InnerLoop``). Gradients taken by ``torch.func`` within
+``vmap`` are not to be differentiated again: through batch, instance and layer norm with weights the
+result is silently wrong (PyTorch, at least to 2.13).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from mirror_opt.errors import InputError
 from mirror_opt.maps.base import MirrorMap
-from mirror_opt.meta.batch_statistics import BatchStatisticsError, batch_norms
 from mirror_opt.meta.inner import InnerLoop
 
 __all__ = ["ENGINES", "choose_engine", "map_tasks", "mean_loss"]
@@ -33,11 +34,12 @@ def choose_engine(engine: str, model: nn.Module, mirror_map: MirrorMap) -> str:
     """Resolves ``"auto"``, and raises InputError for an engine that cannot serve model or map."""
     if engine not in ("auto", *ENGINES):
         raise InputError(f"Invalid {engine=}: pass 'auto', 'loop' or 'vmap'")
-    updates_buffers = any(m.training and m.track_running_stats for m in batch_norms(model))
+    norms = (m for m in model.modules() if isinstance(m, _NormBase))
+    updates_buffers = any(m.training and m.track_running_stats for m in norms)
     if engine == "vmap" and updates_buffers:
         raise InputError(
-            "engine='vmap' cannot update the running statistics of batch norm: build the model "
-            "with track_running_stats=False, call model.eval(), or pass engine='loop'"
+            "engine='vmap' cannot update the running statistics of batch or instance norm: build "
+            "the model with track_running_stats=False, call model.eval(), or pass engine='loop'"
         )
     if engine == "vmap" and not mirror_map.inverse_is_batchable:
         raise InputError(
@@ -58,27 +60,14 @@ def map_tasks(engine: str, function: TaskFn, inner: InnerLoop, tasks: Sequence[T
 
     Args:
         engine: ``"loop"`` or ``"vmap"``.
-        function: returns nested tuples, lists or dicts of tensors.
+        function: returns nested tuples, lists or dicts of tensors. With ``"vmap"`` they must not be
+            differentiated through the support gradients that it takes.
         tasks: tensors whose first dimension counts the tasks.
     """
     if engine == "vmap":
         return torch.func.vmap(lambda *task: function(inner, *task), randomness="different")(*tasks)
     results = [function(inner, *task) for task in zip(*tasks, strict=True)]
     return pytree.tree_map(lambda *values: torch.stack(values), *results)
-
-
-class _Precomputed(torch.autograd.Function):
-    """A value whose gradients in the leaves are known already."""
-
-    @staticmethod
-    def forward(ctx, value: Tensor, gradients: Sequence[Tensor], *leaves: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients)
-        return value.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_value: Tensor):
-        return None, None, *(grad_value * g for g in ctx.saved_tensors)
 
 
 def mean_loss(
@@ -94,12 +83,8 @@ def mean_loss(
     Returns:
         The mean, 0-dim; the query losses ``(T,)``; the support losses ``(T, K)``.
     """
-    if engine == "loop":
-        return _looped(function, inner, tasks, skip)
-    try:
-        return _over_vmap(function, inner, tasks, skip)
-    except BatchStatisticsError:
-        return _inside_vmap(function, inner, tasks, skip)
+    run = _looped if engine == "loop" else _batched
+    return run(function, inner, tasks, skip)
 
 
 def _kept(query: Tensor, support: Tensor, skip: bool) -> Tensor:
@@ -117,7 +102,7 @@ def _looped(function: TaskFn, inner: InnerLoop, tasks: Sequence[Tensor], skip: b
     return torch.stack(kept).mean() if kept else query.mean(), query, support
 
 
-def _over_vmap(function: TaskFn, inner: InnerLoop, tasks: Sequence[Tensor], skip: bool):
+def _batched(function: TaskFn, inner: InnerLoop, tasks: Sequence[Tensor], skip: bool):
     batched = replace(inner, differentiation="batched")
     query, support = function(batched, *tasks)
     keep = _kept(query, support, skip)
@@ -125,36 +110,3 @@ def _over_vmap(function: TaskFn, inner: InnerLoop, tasks: Sequence[Tensor], skip
     if skip and not bool(keep.all()) and bool(keep.any()):
         kept, _ = function(batched, *(x[keep] for x in tasks))  # as in _looped: without the others
     return kept.mean(), query.detach(), support.detach()
-
-
-def _inside_vmap(function: TaskFn, inner: InnerLoop, tasks: Sequence[Tensor], skip: bool):
-    if not torch.is_grad_enabled():
-        query, support = map_tasks("vmap", function, inner, tasks)
-        return query[_kept(query, support, skip)].mean(), query, support
-
-    # All that a run depends on, as a flat list: tensors to differentiate, the rest to pass along.
-    leaves, spec = pytree.tree_flatten((inner.init, inner.frozen, inner.coefficients, inner.rates))
-    wanted = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
-
-    def task_loss(values: tuple[Tensor, ...], *task: Tensor):
-        full = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
-        for i, value in zip(wanted, values, strict=True):
-            full[i] = value
-        init, frozen, coefficients, rates = pytree.tree_unflatten(full, spec)
-        at = replace(inner, init=init, frozen=frozen, coefficients=coefficients, rates=rates)
-        query, support = function(at, *task)
-        return query, (query.detach(), support.detach())
-
-    gradient = torch.func.grad(task_loss, has_aux=True)
-    batched = torch.func.vmap(gradient, in_dims=(None, *[0] * len(tasks)), randomness="different")
-    with torch.no_grad():
-        values = tuple(leaves[i].detach() for i in wanted)
-        gradients, (query, support) = batched(values, *tasks)
-        keep = _kept(query, support, skip)
-        count = keep.sum()
-        means = [
-            torch.where(keep.reshape(-1, *[1] * (g.dim() - 1)), g, 0).sum(0) / count
-            for g in gradients
-        ]
-        value = torch.where(keep, query, 0).sum() / count
-    return _Precomputed.apply(value, means, *(leaves[i] for i in wanted)), query, support

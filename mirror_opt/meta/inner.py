@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from mirror_opt.maps.base import MirrorMap, dot, learned_dtype
-from mirror_opt.meta.batch_statistics import RefuseBatchStatistics
 
 __all__ = ["InnerLoop", "Step"]
 
@@ -54,8 +53,9 @@ class InnerLoop:
         rates: ``(K,)`` step sizes; later steps use the last.
         horizon: K, the number of steps that the meta-parameters were trained for.
         differentiation: how support gradients are taken: ``"autograd"``; ``"func"``, by
-            ``torch.func``, as within ``vmap``; or ``"batched"``, by autograd for a batch of tasks
-            at once, whose parameters, losses, x and y have a leading dimension T.
+            ``torch.func``, as within ``vmap``, where they must not be differentiated again (see
+            ``meta.engines``); or ``"batched"``, by autograd for a batch of tasks at once, whose
+            parameters, losses, x and y have a leading dimension T.
     """
 
     model: nn.Module
@@ -85,10 +85,7 @@ class InnerLoop:
         def one(params: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
             return loss_fn(self.predict(params, x), y)
 
-        if self.differentiation == "batched":
-            with RefuseBatchStatistics():
-                return self._each(one, params, x, y)
-        return one(params, x, y)
+        return self._each(one, params, x, y)
 
     def _each(self, function: Callable, *args: Any) -> Any:
         """The function of one task, for a batch of tasks where there is one."""

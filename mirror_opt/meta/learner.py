@@ -1,6 +1,7 @@
 """MetaLearner: learns where to start, in which geometry to move, and how fast."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -12,7 +13,6 @@ from mirror_opt.errors import InputError
 from mirror_opt.maps.base import MirrorMap
 from mirror_opt.maps.classical import Euclidean
 from mirror_opt.meta.adapted import Adapted, AdaptedBatch, Evaluation, raise_nonfinite
-from mirror_opt.meta.batch_statistics import has_batch_statistics
 from mirror_opt.meta.engines import choose_engine, map_tasks, mean_loss
 from mirror_opt.meta.inner import InnerLoop, LossFn
 from mirror_opt.meta.stability import guarded_run
@@ -199,27 +199,29 @@ class MetaLearner(nn.Module):
     ) -> AdaptedBatch:
         """Adapts to T tasks; as ``adapt`` with a leading dimension T on ``x`` and ``y``.
 
-        Differentiable like ``adapt``, except with the vmap engine and batch norm on batch
-        statistics, for which PyTorch's second derivatives are wrong: an error; use ``meta_loss``.
+        Differentiable like ``adapt``. A guarded run that is differentiated goes task by task,
+        whatever the engine.
 
         Raises:
-            InputError: as ``adapt``, or the gradient would be wrong.
+            InputError: as ``adapt``.
             NonFiniteLossError: as ``adapt``.
         """
         steps = self._check_steps(steps)
         engine = choose_engine(self.engine, self.model, self.mirror_map)
-        differentiable = torch.is_grad_enabled() and not self.first_order
-        if engine == "vmap" and differentiable and has_batch_statistics(self.model):
-            raise InputError(
-                "the gradient over vmap of batch norm on batch statistics is wrong at second "
-                "order: call meta_loss, pass engine='loop', or adapt under torch.no_grad()"
-            )
         inner, runner = self.inner_loop(), self._runner(guard, steps)
 
         def task(inner: InnerLoop, x: Tensor, y: Tensor):
             return self._adapt(runner, inner, loss_fn, x, y, steps)
 
-        params, losses, accepted = map_tasks(engine, task, inner, (x, y))
+        if engine == "vmap" and runner is InnerLoop.run:
+            result = task(replace(inner, differentiation="batched"), x, y)
+        elif torch.is_grad_enabled() and not self.first_order:
+            # The guard is for one task at a time, and within vmap its gradients could not be
+            # differentiated again.
+            result = map_tasks("loop", task, replace(inner, differentiation="autograd"), (x, y))
+        else:
+            result = map_tasks(engine, task, inner, (x, y))
+        params, losses, accepted = result
         if self.nonfinite == "raise":
             raise_nonfinite(losses.detach())
         named = dict(zip(self.names, params, strict=True))

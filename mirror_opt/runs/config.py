@@ -1,9 +1,10 @@
 r"""What defines a run: every option, its default and its check, and the objects they stand for."""
 
 import dataclasses
-import inspect
 import math
 import os
+import reprlib
+import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,13 +17,15 @@ from mirror_opt.errors import InputError
 from mirror_opt.fewshot import TaskFamily
 from mirror_opt.meta import MetaLearner
 from mirror_opt.runs import options
-from mirror_opt.runs.options import READERS, option, shown
+from mirror_opt.runs.options import READERS, check_further, check_type, further, option, shown
 
 __all__ = ["GUARDS", "RunConfig", "build"]
 
 GUARDS: dict[str, str | bool] = {"auto": "auto", "on": True, "off": False}
 
 _RATES = ("lr", "init_lr", "map_lr", "rate_lr")
+# Parameters of a task that have a field of their own, or are no part of what a run is.
+_FIELDS_OF_TASK = ("ways", "shots", "queries", "seed", "data_dir", "download")
 _IMAGES = {
     "ways": 5,
     "shots": 1,
@@ -50,8 +53,9 @@ class RunConfig:
     r"""Everything that determines a run's result. Make one with :meth:`create`.
 
     ``train_steps`` is the number of inner steps trained through, ``"lo-hi"`` for a random one;
-    ``lr`` is the inner step size alpha; ``init_lr``, ``map_lr`` and ``rate_lr`` are the outer
-    rates of the initialisation, the map and learned inner rates.
+    ``lr`` is the inner step size alpha, of all steps or (``learn_lr``) where a learned one of each
+    step starts; ``init_lr``, ``map_lr`` and ``rate_lr`` are the outer rates of the initialisation,
+    the map and learned inner rates (0 where none are learned).
     """
 
     task: str
@@ -70,6 +74,7 @@ class RunConfig:
     test_tasks: int
     map: str | None = None
     map_options: dict[str, Any] = field(default_factory=dict)
+    learn_lr: bool = False
     adapt_steps: tuple[int, ...] = (0, 1, 2, 3, 5, 10)
     guard: str = "auto"
     seed: int = 0
@@ -100,6 +105,8 @@ class RunConfig:
         defaults: dict[str, Any] = dict(_SINUSOID if task == "sinusoid" else _IMAGES)
         rates = meta.defaults(method, task)
         defaults |= {name: getattr(rates, name) for name in _RATES}
+        if not given.get("learn_lr"):
+            defaults["rate_lr"] = 0.0
         defaults["device"] = "auto"
         if method == "mirror":
             defaults["map"] = "kronecker"
@@ -109,12 +116,18 @@ class RunConfig:
                 values[name] = read(values[name])
         if method == "mirror" and values["map"] in maps.REGISTRY:
             # In full, so that a run outlives a change of the map's defaults.
-            values["map_options"] = _map_defaults(values["map"]) | values.get("map_options", {})
+            defaults = {key: p.default for key, p in further(maps.REGISTRY[values["map"]]).items()}
+            values["map_options"] = defaults | values.get("map_options", {})
         if values.get("data_dir") is not None:
             values["data_dir"] = os.fspath(values["data_dir"])
         return cls(task=task, method=method, **values)
 
     def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(RunConfig).items():
+            value = getattr(self, name)
+            check_type(f"{option(name)} {reprlib.repr(value)}", value, hint)
+        _choice("task", self.task, fewshot.TASKS)
+        _choice("method", self.method, meta.METHODS)
         if self.task == "sinusoid" and self.filters is not None:
             raise InputError(
                 f"--filters {self.filters}: sinusoid has a network without filters; "
@@ -125,25 +138,38 @@ class RunConfig:
             least["threads"] = 1
         for name, bound in least.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < bound:
+            if value < bound:
                 raise InputError(
                     f"{option(name)} {value}: must be a whole number, at least {bound}"
                 )
         for name in _RATES:
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            if not 0 <= value < math.inf:
                 raise InputError(f"{option(name)} {value}: must be a finite number, at least 0")
         if self.lr == 0:
             raise InputError("--lr 0: adaptation would not move; pass a step size above 0")
+        if self.rate_lr and not self.learn_lr:
+            raise InputError(
+                f"--rate-lr {self.rate_lr}: the inner rates are not learned; pass --learn-lr too"
+            )
+        for name in ("train_steps", "adapt_steps"):
+            value, read = getattr(self, name), READERS[name](getattr(self, name))
+            if value != read:
+                raise InputError(f"{option(name)} {value!r}: pass {read!r}")
         _choice("guard", self.guard, GUARDS)
         if self.method == "mirror":
             _choice("map", self.map, maps.REGISTRY)
+            mirror_map = maps.REGISTRY[str(self.map)]
+            check_further("map_options", self.map_options, mirror_map, f"map {self.map}")
         elif self.map is not None or self.map_options:
             name = "map_options" if self.map is None else "map"
             raise InputError(
                 f"{option(name)} {shown(getattr(self, name))}: --method {self.method} has its own "
                 "geometry; pass it with --method mirror"
             )
+        family = fewshot.TASKS[self.task]
+        owner = f"task {self.task}"
+        check_further("task_options", self.task_options, family, owner, _FIELDS_OF_TASK)
 
     def to_dict(self) -> dict[str, Any]:
         r"""Plain values, for JSON and for checkpoints."""
@@ -156,14 +182,19 @@ class RunConfig:
         Raises:
             InputError: a field is missing, unknown or out of range.
         """
+        remedy = "restore it or train again"
+        if not isinstance(values, dict):
+            raise InputError(f"{source}: holds {reprlib.repr(values)} for a config; {remedy}")
+        if isinstance(steps := values.get("adapt_steps"), list):
+            values = values | {"adapt_steps": tuple(steps)}
+        if "learn_lr" not in values:  # of before rates could be learned, when theirs was unused
+            values = values | {"rate_lr": 0.0}
         try:
-            return cls(**values | {"adapt_steps": tuple(values["adapt_steps"])})
+            return cls(**values)
         except InputError as error:
-            raise InputError(f"{source}: {error}") from None
-        except (TypeError, KeyError) as error:
-            raise InputError(
-                f"{source}: not the config of a run ({error}); restore it or train again"
-            ) from None
+            raise InputError(f"{source}: {error} ({remedy})") from None
+        except TypeError as error:
+            raise InputError(f"{source}: not the config of a run ({error}); {remedy}") from None
 
     def check_same(self, given: dict[str, Any], where: str | os.PathLike) -> None:
         r"""Holds options given on resuming against this config, that of the run in ``where``.
@@ -229,14 +260,10 @@ def build(config: RunConfig, *, download: bool = False) -> tuple[TaskFamily, Met
             map_name=config.map,
             map_options=config.map_options,
             lr=config.lr,
+            learn_lr=config.learn_lr,
             steps=low if low == high else (low, high),
         )
     return task, learner.to(device)
-
-
-def _map_defaults(name: str) -> dict[str, Any]:
-    parameters = inspect.signature(maps.REGISTRY[name]).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def _choice(name: str, value: Any, choices: Iterable[str]) -> None:

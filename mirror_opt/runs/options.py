@@ -1,5 +1,9 @@
-r"""Options as a person writes them: read into values, and spelled in messages."""
+r"""Options as a person writes them: read into values, checked, and spelled in messages."""
 
+import inspect
+import types
+import typing
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -8,8 +12,12 @@ from mirror_opt.errors import InputError
 
 __all__ = [
     "READERS",
+    "check_further",
+    "check_type",
     "counted",
     "device",
+    "fits",
+    "further",
     "option",
     "pairs",
     "shown",
@@ -105,8 +113,8 @@ def pairs(value: Any) -> dict[str, Any]:
     """
     if isinstance(value, dict):
         return value
-    found = {}
-    for item in value.split(",") if value else ():
+    found: dict[str, Any] = {}
+    for item in str(value).split(",") if value else ():
         key, equals, text = item.partition("=")
         if not (key.isidentifier() and equals and text) or key in found:
             raise InputError(
@@ -128,7 +136,7 @@ def device(value: str) -> str:
     known = "pass auto, cpu, cuda or cuda:N"
     try:
         found = torch.device(value)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise InputError(f"--device {value}: unknown; {known}") from None
     if found.type not in ("cpu", "cuda"):
         raise InputError(f"--device {value}: not supported; {known}")
@@ -138,6 +146,99 @@ def device(value: str) -> str:
             f"--device {value}: CUDA devices visible here: {visible}; pass --device cpu"
         )
     return str(found)
+
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    tuple: "a list of whole numbers",
+    dict: "a set of options",
+}
+
+
+def fits(value: Any, hint: Any) -> bool:
+    r"""Whether a plain value is of the type that an annotation says.
+
+    A whole number is a number too, and True is not a number.
+
+    Example:
+        >>> fits(3, float), fits(True, int), fits([1, None], list[int | None]), fits("3", int)
+        (True, False, True, False)
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, one) for one in arguments)
+    if origin is dict:
+        key, part = arguments
+        return isinstance(value, dict) and all(
+            fits(k, key) and fits(v, part) for k, v in value.items()
+        )
+    if origin in (list, tuple):  # a tuple of any length: tuple[int, ...]
+        return isinstance(value, origin) and all(fits(one, arguments[0]) for one in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)
+
+
+def check_type(what: str, value: Any, hint: Any) -> None:
+    r"""Raises InputError unless a value fits an annotation; ``what`` names it in the message.
+
+    Example:
+        >>> check_type("--lr abc", "abc", float)
+        Traceback (most recent call last):
+        mirror_opt.errors.InputError: --lr abc: must be a number
+    """
+    if not fits(value, hint):
+        raise InputError(f"{what}: must be {_wanted(hint)}")
+
+
+def _wanted(hint: Any) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_wanted(one) for one in typing.get_args(hint) if one is not type(None))
+    kind = typing.get_origin(hint) or hint
+    return _NAMES.get(kind, kind.__name__)
+
+
+def further(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    r"""The parameters of a function or class that may be left out."""
+    parameters = inspect.signature(function, eval_str=True).parameters
+    return {name: p for name, p in parameters.items() if p.default is not p.empty}
+
+
+def check_further(
+    name: str,
+    given: dict[str, Any],
+    function: Callable[..., Any],
+    owner: str,
+    elsewhere: Collection[str] = (),
+) -> None:
+    r"""Holds options given as name=value pairs against the function that takes them.
+
+    Args:
+        name: the option of the command line that has the pairs, as a field.
+        given: the pairs.
+        function: what takes them as keyword arguments.
+        owner: what the function makes, in messages.
+        elsewhere: its parameters that have an option of their own.
+
+    Raises:
+        InputError: names the first pair that the function does not take.
+    """
+    accepted = {key: p for key, p in further(function).items() if key not in elsewhere}
+    for key, value in given.items():
+        pair = f"{option(name)} {key}={shown(value)}"
+        if key in elsewhere:
+            raise InputError(f"{pair}: that has an option of its own; pass {option(key)}")
+        if key not in accepted:
+            raise InputError(
+                f"{pair}: {owner} has no option {key}; "
+                f"pass {', '.join(accepted) or f'no {option(name)}'}"
+            )
+        check_type(f"{option(name)} {key}={value!r}", value, accepted[key].annotation)
 
 
 READERS = {

@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
 from mirror_opt import fewshot
+from mirror_opt.errors import InputError
 from mirror_opt.fewshot import Episodes, TaskFamily
 from mirror_opt.maps import Profile
 from mirror_opt.meta import MetaLearner, NonFiniteLossError
@@ -83,9 +84,12 @@ def draw(out: str | os.PathLike, *, data_dir: str | os.PathLike | None = None) -
         (config, read_json(directory / HISTORY, dict)["loss"])
         for (config, _, _), directory in zip(trained, directories, strict=True)
     ]
+    rows = results.read(out / RESULTS)
+    if not rows:
+        raise InputError(f"{out / RESULTS}: holds no rows; restore it or evaluate again")
     with _styled():
         figures = {
-            "adaptation.png": adaptation(results.read(out / RESULTS)),
+            "adaptation.png": adaptation(rows),
             "training.png": training(losses),
         }
         for _, _, learner in trained:

@@ -14,44 +14,47 @@ import torch
 from mirror_opt.errors import InputError
 from mirror_opt.runs.config import RunConfig
 from mirror_opt.runs.directory import read_json, write_json
-from mirror_opt.runs.options import counted, shown
+from mirror_opt.runs.options import counted, fits, shown
 
 __all__ = ["ROW", "find", "label", "lines", "merge", "read", "rows", "setting", "table", "versions"]
 
-ROW = (
-    "method",
-    "task",
-    "ways",
-    "shots",
-    "queries",
-    "filters",
-    "train_steps",
-    "adapt_steps",
-    "split",
-    "metric",
-    "mean",
-    "ci95",
-    "test_tasks",
-    "iterations",
-    "seconds",
-    "seed",
-    "map",
-    "map_options",
-    "task_options",
-    "data",
-    "guard",
-    "mirror_opt",
-    "torch",
-    "python",
-    "device",
-    "date",
-)
+# The columns of a row and the types of their values.
+ROW = {
+    "method": str,
+    "task": str,
+    "ways": int | None,
+    "shots": int,
+    "queries": int,
+    "filters": int | None,
+    "train_steps": int | str,
+    "adapt_steps": int,
+    "split": str,
+    "metric": str,
+    "mean": float | None,
+    "ci95": float | None,
+    "test_tasks": int,
+    "iterations": int,
+    "seconds": float,
+    "seed": int,
+    "map": str | None,
+    "map_options": dict[str, Any],
+    "learn_lr": bool,
+    "task_options": dict[str, Any],
+    "data": str | None,
+    "guard": str,
+    "mirror_opt": str,
+    "torch": str,
+    "python": str,
+    "device": str,
+    "date": str,
+}
 # What is measured, as against its outcome and its circumstances: a row measured again replaces
 # the one with the same key.
 _KEY = (
     "method",
     "map",
     "map_options",
+    "learn_lr",
     "task",
     "task_options",
     "data",
@@ -157,14 +160,20 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     r"""The rows of a results file.
 
     Raises:
-        InputError: absent, no JSON list, or a row lacks a key.
+        InputError: absent, no JSON list, or a row lacks a column or has one of another type.
     """
     found = read_json(path, list)
     for row in found:
-        missing = set(ROW) - set(row) if isinstance(row, dict) else set(ROW)
-        if missing:
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: a row is {row!r}; restore it or evaluate again")
+        for name, hint in ROW.items():
+            if name not in row or not fits(row[name], hint):
+                what = f"has {name} {row[name]!r}" if name in row else f"lacks {name}"
+                raise InputError(f"{path}: a row {what}; restore it or evaluate again")
+        if (row["mean"] is None) != (row["ci95"] is None):
             raise InputError(
-                f"{path}: a row lacks {', '.join(sorted(missing))}; restore it or evaluate again"
+                f"{path}: a row has mean {row['mean']!r} and ci95 {row['ci95']!r}; restore it or "
+                "evaluate again"
             )
     return found
 
