@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN     = $(VENV)/bin
 
 PAGES   = mirror_opt mirror_opt.optim mirror_opt.ops mirror_opt.backends mirror_opt.fewshot \
-          mirror_opt.newton mirror_opt.reference
+          mirror_opt.runs mirror_opt.newton mirror_opt.reference mirror_opt.kernels
 
 .PHONY: all install test lint coverage docs demo bench clean
 
@@ -28,14 +28,18 @@ lint: install
 	$(BIN)/mypy --python-version 3.10
 	$(BIN)/mypy --python-version 3.13
 
-test: lint
-	# One thread for each process: the tensors are small, and the results the same everywhere.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+# One thread for each process: the tensors are small, and the results the same everywhere.
+test coverage: export OMP_NUM_THREADS = 1
+PYTEST = -m pytest --numprocesses auto --dist worksteal
 
-# Lines of the package that the tests run, the kernels' by Triton's interpreter.
+test: lint
+	$(BIN)/python $(PYTEST)
+
+# Lines of the package that the tests run, the kernels' by Triton's interpreter; too few are an
+# error. Apart from `make test`, because counting takes half as much again.
 coverage: install
 	$(BIN)/coverage erase
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest
+	$(BIN)/coverage run $(PYTEST)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --show-missing
 

@@ -4,25 +4,23 @@
 
 A second-order meta-gradient on sinusoids, 4 tasks of 5 inner steps each, one thread: by
 `MetaLearner.meta_loss`, and with the inner step of docs/examples/compiled_inner_step.py, as it is
-and compiled. All three in turn, medians; the first call's compilation apart. Rows in
+and compiled. All in turn, medians; the first call's compilation apart. Rows in
 bench/results/compiled_inner_step.json.
 """
 
 import argparse
 import runpy
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from results import add_rows, revision
+from in_turn import in_turn
+from results import add_rows
 from torch.nn import functional as F
 
 from mirror_opt.fewshot import make_task
 from mirror_opt.maps import create
 from mirror_opt.meta import MetaLearner
-from mirror_opt.runs.results import versions
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "compiled_inner_step.py"
 TASKS, STEPS, LR = 4, 5, 0.01
@@ -35,11 +33,26 @@ MAPS = {
 }
 
 
-def seconds(learner: MetaLearner, loss: Callable[[], torch.Tensor]) -> float:
-    learner.zero_grad()
-    start = time.perf_counter()
-    loss().backward()
-    return time.perf_counter() - start
+def ways(registered: str) -> dict[str, Callable[[], None]]:
+    """The meta-gradient with a map: by the learner, and by the example's step in two ways."""
+    example = runpy.run_path(str(EXAMPLE))
+    plain = example["inner_step"]
+    compiled = torch.compile(plain, fullgraph=True)
+    task = make_task("sinusoid", shots=10)
+    batch = task.sample("train", 0, tasks=TASKS)
+    torch.manual_seed(0)
+    model = task.model()
+    learner = MetaLearner(model, create(registered, model.parameters()), lr=LR, steps=STEPS)
+
+    def backward(loss: Callable, *arguments) -> None:
+        learner.zero_grad()
+        loss(*arguments).backward()
+
+    return {
+        "meta_loss": lambda: backward(learner.meta_loss, F.mse_loss, *batch),
+        "eager": lambda: backward(example["meta_loss"], learner, plain, batch),
+        "compiled": lambda: backward(example["meta_loss"], learner, compiled, batch),
+    }
 
 
 def main() -> None:
@@ -47,50 +60,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=25)
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
-    example = runpy.run_path(str(EXAMPLE))
-    plain = example["inner_step"]
-    task = make_task("sinusoid", shots=10)
-    batch = task.sample("train", 0, tasks=TASKS)
+    contenders = {(name, way): run for name, registered in MAPS.items()
+                  for way, run in ways(registered).items()}  # fmt: skip
     rows = []
-    for name, registered in MAPS.items():
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        model = task.model()
-        learner = MetaLearner(model, create(registered, model.parameters()), lr=LR, steps=STEPS)
-        compiled = torch.compile(plain, fullgraph=True)
-        ways = {
-            "meta_loss": lambda learner=learner: learner.meta_loss(F.mse_loss, *batch),
-            "eager": lambda learner=learner: example["meta_loss"](learner, plain, batch),
-            "compiled": lambda learner=learner, step=compiled: example["meta_loss"](
-                learner, step, batch
-            ),
-        }
-        first = {way: seconds(learner, loss) for way, loss in ways.items()}
-        taken: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(repeats):
-            for way, loss in ways.items():
-                taken[way].append(seconds(learner, loss))
-        for way, values in taken.items():
-            cuts = statistics.quantiles(values, n=5)
-            ratio = statistics.median(v / e for v, e in zip(values, taken["eager"], strict=True))
-            rows.append(
-                {
-                    "name": name,
-                    "way": way,
-                    "seconds": statistics.median(values),
-                    "p20": cuts[0],
-                    "p80": cuts[3],
-                    "ratio": ratio,
-                    "first": first[way],
-                    "tasks": TASKS,
-                    "steps": STEPS,
-                    "repeats": repeats,
-                    "threads": 1,
-                    "revision": revision(),
-                    **versions("cpu"),
-                }
-            )
-            print(f"{name:24} {way:10} {1e3 * rows[-1]['seconds']:8.2f} ms   {ratio:.2f} of eager")
+    for (name, way), row in in_turn(contenders, repeats, lambda key: (key[0], "meta_loss")).items():
+        rows.append({"name": name, "way": way, "tasks": TASKS, "steps": STEPS, **row})
+        print(f"{name:24} {way:10} {1e3 * row['seconds']:8.2f} ms, "
+              f"{row['ratio']:.2f} of meta_loss; first {row['first']:.1f} s")  # fmt: skip
     add_rows("compiled_inner_step", rows)
 
 

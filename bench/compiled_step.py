@@ -3,21 +3,21 @@
     python bench/compiled_step.py
 
 Forward, backward and step of a perceptron of three layers (about a million parameters, batch 64),
-one thread, learning rate a tensor that changes every step; the optimizers in turn, medians over
-rounds. Beside it the step alone. Rows in bench/results/compiled_step.json.
+one thread, learning rate a tensor that changes every step. Beside it the step alone. All optimizers
+in turn, eager and compiled, medians over rounds; ratios are to SGD. Rows in
+bench/results/compiled_step.json.
 """
 
 import argparse
-import statistics
-import time
+from collections.abc import Callable
 
 import torch
-from results import add_rows, revision
+from in_turn import in_turn
+from results import add_rows
 from torch import nn
 from torch.nn import functional as F
 
 from mirror_opt import MirrorDescent, maps
-from mirror_opt.runs.results import versions
 
 WIDTH, BATCH = 640, 64
 
@@ -30,11 +30,23 @@ def mirror(make_map):
     return make
 
 
+def on_simplex(make):
+    def make_there(params, lr):
+        params = list(params)
+        with torch.no_grad():
+            for p in params:
+                p.copy_(p.softmax(-1))
+        return make(params, lr)
+
+    return make_there
+
+
 OPTIMIZERS = {
     "SGD": lambda params, lr: torch.optim.SGD(params, lr, momentum=0.9),
     "AdamW": lambda params, lr: torch.optim.AdamW(params, lr),
     "MirrorDescent, Euclidean": mirror(lambda params: maps.Euclidean()),
     "MirrorDescent, Hypentropy": mirror(lambda params: maps.Hypentropy(0.1)),
+    "MirrorDescent, NegativeEntropy": on_simplex(mirror(lambda params: maps.NegativeEntropy())),
     "MirrorDescent, PNorm": mirror(lambda params: maps.PNorm(1.5)),
     "MirrorDescent, Diagonal": mirror(maps.Diagonal),
     "MirrorDescent, SeparableNeural": mirror(maps.SeparableNeural),
@@ -42,36 +54,35 @@ OPTIMIZERS = {
 }
 
 
-class Contender:
-    """One optimizer on a model of its own, eager or compiled."""
+def network() -> nn.Module:
+    layers = [nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU()]
+    return nn.Sequential(*layers, nn.Linear(WIDTH, WIDTH // 2))
 
-    def __init__(self, make, compiled: bool):
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        layers = [nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU()]
-        self.model = nn.Sequential(*layers, nn.Linear(WIDTH, WIDTH // 2))
-        self.lr = torch.tensor(1e-3)
-        self.optimizer = make(self.model.parameters(), self.lr)
-        self.x, self.y = torch.randn(BATCH, WIDTH), torch.randn(BATCH, WIDTH // 2)
-        self.train = torch.compile(self._train) if compiled else self._train
-        self.step = torch.compile(self._step) if compiled else self._step
-        for _ in range(3):
-            self.timed(self.train)
-            self.timed(self.step)
 
-    def _train(self) -> None:
-        self.optimizer.zero_grad()
-        F.mse_loss(self.model(self.x), self.y).backward()
-        self.optimizer.step()
+def ways(make, compiled: bool) -> dict[str, Callable[[], None]]:
+    """A train step and a step alone of an optimizer, on a model of its own."""
+    torch.manual_seed(0)
+    model = network()
+    lr = torch.tensor(1e-3)
+    optimizer = make(model.parameters(), lr)
+    x, y = torch.randn(BATCH, WIDTH), torch.randn(BATCH, WIDTH // 2)
 
-    def _step(self) -> None:
-        self.optimizer.step()
+    def train() -> None:
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
 
-    def timed(self, function) -> float:
-        self.lr.mul_(0.999)
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
+    def scheduled(function: Callable[[], None]) -> Callable[[], None]:
+        if compiled:  # apart from the same function of the other optimizers
+            function = torch.compile(function, isolate_recompiles=True)
+
+        def run() -> None:
+            lr.mul_(0.999)
+            function()
+
+        return run
+
+    return {"train": scheduled(train), "step": scheduled(lambda: optimizer.step())}
 
 
 def main() -> None:
@@ -79,28 +90,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
+    contenders = {
+        (name, what, compiled): run
+        for name, make in OPTIMIZERS.items()
+        for compiled in (False, True)
+        for what, run in ways(make, compiled).items()
+    }
+    parameters = sum(p.numel() for p in network().parameters())
     rows = []
-    for name, make in OPTIMIZERS.items():
-        for compiled in (False, True):
-            contender = Contender(make, compiled)
-            for what in ("train", "step"):
-                taken = [contender.timed(getattr(contender, what)) for _ in range(repeats)]
-                cuts = statistics.quantiles(taken, n=5)
-                row = {
-                    "name": name,
-                    "what": what,
-                    "compiled": compiled,
-                    "seconds": statistics.median(taken),
-                    "p20": cuts[0],
-                    "p80": cuts[3],
-                    "parameters": sum(p.numel() for p in contender.model.parameters()),
-                    "repeats": repeats,
-                    "threads": 1,
-                    "revision": revision(),
-                    **versions("cpu"),
-                }
-                rows.append(row)
-                print(f"{name:32} {what:6} compiled {compiled!s:6} {1e3 * row['seconds']:8.2f} ms")
+    for key, row in in_turn(contenders, repeats, lambda key: ("SGD", *key[1:])).items():
+        name, what, compiled = key
+        kind = {"name": name, "what": what, "compiled": compiled, "parameters": parameters}
+        rows.append({**kind, **row})
+        print(f"{name:32} {what:6} compiled {compiled!s:6} {1e3 * row['seconds']:8.2f} ms, "
+              f"{row['ratio']:.2f} of SGD; first {row['first']:.1f} s")  # fmt: skip
     add_rows("compiled_step", rows)
 
 

@@ -31,4 +31,6 @@ def add_rows(name: str, rows: list[dict[str, Any]]) -> None:
 def revision() -> str:
     """The git revision that ran, with a mark when the tree had changes."""
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    here = Path(__file__).parent
+    run = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+    return run.stdout.strip()

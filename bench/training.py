@@ -3,8 +3,8 @@
     python bench/training.py search [--only PROBLEM]    # every optimizer, its grid of rates
     python bench/training.py final  [--only PROBLEM]    # each at its best rate, all seeds
 
-Rows in bench/results/training.json, one for each run, with the metric along the way; what is there
-is not run again. The problems are those of ``bench/problems.py``.
+Rows in bench/results/training.json, one for each run, with the metric and the seconds of training
+along the way; what is there is not run again. The problems are those of ``bench/problems.py``.
 """
 
 import argparse
@@ -181,7 +181,7 @@ def run(problem_name: str, optimizer_name: str, lr: float, seed: int) -> dict:
     problem = setting.make(seed)
     optimizer = setting.optimizers[optimizer_name][0](problem, lr)
     every = setting.steps // POINTS
-    curve, seconds = [[0, problem.metric()]], 0.0
+    curve, seconds = [(0, problem.metric(), 0.0)], 0.0
     for step in range(setting.steps):
         start = time.perf_counter()
         optimizer.zero_grad()
@@ -195,7 +195,7 @@ def run(problem_name: str, optimizer_name: str, lr: float, seed: int) -> dict:
             break
         seconds += time.perf_counter() - start
         if (step + 1) % every == 0:
-            curve.append([step + 1, problem.metric()])
+            curve.append((step + 1, problem.metric(), seconds))
     finished = len(curve) == POINTS + 1 and abs(curve[-1][1]) < DIVERGED
     return {
         "problem": problem_name,
@@ -204,7 +204,7 @@ def run(problem_name: str, optimizer_name: str, lr: float, seed: int) -> dict:
         "seed": seed,
         "metric": setting.metric,
         "final": curve[-1][1] if finished else None,
-        "curve": [[s, m if math.isfinite(m) else None] for s, m in curve],
+        "curve": [[s, m if math.isfinite(m) else None, round(t, 4)] for s, m, t in curve],
         "steps": setting.steps,
         "seconds": round(seconds, 3),
         "threads": 1,

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from mirror_opt import MirrorDescent, backends, maps
 from mirror_opt.errors import InputError
-from mirror_opt.optim import fused, mirror_descent
+from mirror_opt.optim import fused, state
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "cuda_graph.py"
 
@@ -95,8 +95,8 @@ def test_state_that_a_graph_would_create_anew_is_refused(monkeypatch):
     def refuse(p):
         raise InputError("captured")
 
-    refusing = functools.partial(monkeypatch.setattr, mirror_descent, "_check_not_captured")
-    check = mirror_descent._check_not_captured
+    refusing = functools.partial(monkeypatch.setattr, state, "_check_not_captured")
+    check = state._check_not_captured
     for mirror_map, options in ((maps.Euclidean(), {"momentum": 0.9}),
                                 (maps.Hypentropy(), {"dual_state": True})):  # fmt: skip
         (p, *_) = params = start("hypentropy", {})

@@ -17,6 +17,11 @@ def meta_overhead() -> str:
     return f"{table(head, body)}\n\n{circumstances(rows)}"
 
 
+def milliseconds(row: dict) -> str:
+    """The median, and in brackets the ratio to what the row is compared with."""
+    return f"{1e3 * row['seconds']:.1f}" + (f" ({row['ratio']:.2g})" if "ratio" in row else "")
+
+
 @part("compiled-step")
 def compiled_step() -> str:
     rows = read_rows("compiled_step")
@@ -26,7 +31,7 @@ def compiled_step() -> str:
     by = {(r["name"], r["what"], r["compiled"]): r for r in rows}
 
     def cells(name: str, what: str) -> list[str]:
-        return [f"{1e3 * by[name, what, compiled]['seconds']:.1f}" for compiled in (False, True)]
+        return [milliseconds(by[name, what, compiled]) for compiled in (False, True)]
 
     body = [
         [name, *cells(name, "train"), *cells(name, "step")]
@@ -37,4 +42,24 @@ def compiled_step() -> str:
     return (
         f"Milliseconds, medians; {count:,} parameters, one thread.\n\n"
         f"{table(head, body)}\n\n{circumstances(rows)}"
+    )
+
+
+@part("compiled-inner-step")
+def compiled_inner_step() -> str:
+    rows = read_rows("compiled_inner_step")
+    if not rows:
+        return PENDING
+    rows = [r for r in rows if r["revision"] == rows[-1]["revision"]]
+    by = {(r["name"], r["way"]): r for r in rows}
+    heads = {"meta_loss": "`meta_loss`", "eager": "the example's, eager", "compiled": "compiled"}
+    body = []
+    for name in dict.fromkeys(r["name"] for r in rows):
+        compiling = by[name, "compiled"]["first"]
+        body.append([name, *(milliseconds(by[name, way]) for way in heads), f"{compiling:.0f}"])
+    head = ["map", *heads.values(), "seconds to compile"]
+    return (
+        f"Milliseconds, medians, in brackets the ratio to `meta_loss`; {rows[0]['tasks']} tasks of "
+        f"{rows[0]['steps']} inner steps, one thread.\n\n{table(head, body)}\n\n"
+        f"{circumstances(rows)}"
     )

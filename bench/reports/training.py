@@ -2,6 +2,7 @@
 
 import statistics
 
+import numpy as np
 from results import read_rows
 from training import SETTINGS, best_rate
 
@@ -56,23 +57,25 @@ def draw_training() -> None:
     shown = [problem for problem in SETTINGS if trained(problem)]
     if not shown:
         return
-    figure, panels = canvas(2, (len(shown) + 1) // 2)
-    for axes in panels.flat[len(shown) :]:
-        axes.set_axis_off()
-    for problem, axes in zip(shown, panels.flat, strict=False):
+    figure, panels = canvas(2, len(shown))
+    for problem, (by_steps, by_seconds) in zip(shown, panels.reshape(-1, 2), strict=True):
         setting = SETTINGS[problem]
         ours = iter(["#d55e00", "#0072b2", "#56b4e9", "#009e73", "#cc79a7"])
+        found = trained(problem)
         for optimizer in setting.optimizers:
             colour = RIVALS.get(optimizer) or next(ours)
-            rows = trained(problem).get(optimizer, [])
+            rows = found.get(optimizer, [])
             if not rows or any(r["final"] is None for r in rows):
                 continue
-            steps = [s for s, _ in rows[0]["curve"]]
-            mean = [statistics.mean(r["curve"][i][1] for r in rows) for i in range(len(steps))]
-            axes.plot(steps, mean, color=colour, label=optimizer)
-        axes.set_yscale("log")
-        axes.set_xlabel("steps")
-        axes.set_ylabel(setting.metric)
-        axes.set_title(problem)
-        axes.legend(frameon=False, fontsize=8)
+            # Step, metric and seconds; rows of an earlier time have no seconds.
+            steps, metric, *seconds = np.mean([r["curve"] for r in rows], axis=0).T
+            by_steps.plot(steps, metric, color=colour, label=optimizer)
+            if seconds:
+                by_seconds.plot(*seconds, metric, color=colour)
+        for axes, unit in ((by_steps, "steps"), (by_seconds, "seconds")):
+            axes.set_yscale("log")
+            axes.set_xlabel(unit)
+            axes.set_ylabel(setting.metric)
+            axes.set_title(problem)
+        by_steps.legend(frameon=False, fontsize=8)
     save(figure, "training")

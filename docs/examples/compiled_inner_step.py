@@ -5,7 +5,7 @@
 The graphs that the first tasks take serve all tasks, steps and meta-iterations.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,23 +18,26 @@ from mirror_opt.meta.inner import InnerLoop
 
 
 def inner_step(inner: InnerLoop, params, zeta, rate: Tensor, x: Tensor, y: Tensor) -> tuple:
-    """One mirror step on a support set: zeta <- zeta - alpha g, phi <- phi_0 + grad H*(zeta)."""
-    gradient, _ = inner.gradient(params, F.mse_loss, x, y)
+    """One mirror step of every task: zeta <- zeta - alpha g, phi <- phi_0 + grad H*(zeta)."""
+
+    def loss(params: tuple[Tensor, ...]) -> Tensor:
+        return inner.loss(F.mse_loss, params, x, y).sum()  # each task's has parameters of its own
+
+    # By torch.func, which is traced into the graph; autograd differentiates the graph.
+    gradient = torch.func.grad(loss)(params)
     zeta = tuple(z - rate * g for z, g in zip(zeta, gradient, strict=True))
     return inner.primal(zeta, None), zeta  # of an anchored map
 
 
-def meta_loss(learner: meta.MetaLearner, step: Callable, batch: tuple[Tensor, ...]) -> Tensor:
+def meta_loss(learner: meta.MetaLearner, step: Callable, batch: Sequence[Tensor]) -> Tensor:
     """The mean query loss of a batch of tasks after the learner's number of steps."""
-    # Gradients by torch.func are traced into the graph, and autograd differentiates the graph.
-    inner = replace(learner.inner_loop(), differentiation="func")
-    losses = []
-    for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
-        params, zeta = inner.init, tuple(torch.zeros_like(p) for p in inner.init)
-        for k in range(learner.steps):
-            params, zeta = step(inner, params, zeta, inner.rate(k), support_x, support_y)
-        losses.append(F.mse_loss(inner.predict(params, query_x), query_y))
-    return torch.stack(losses).mean()
+    support_x, support_y, query_x, query_y = batch
+    inner = replace(learner.inner_loop(), differentiation="batched")
+    params = tuple(p.expand(len(support_x), *p.shape) for p in inner.init)
+    zeta = inner.zero_dual(params)
+    for k in range(learner.steps):
+        params, zeta = step(inner, params, zeta, inner.rate(k), support_x, support_y)
+    return inner.loss(F.mse_loss, params, query_x, query_y).mean()
 
 
 def main(iterations: int = 200, backend: str = "inductor") -> None:

@@ -30,7 +30,7 @@ def main(steps: int = 200, backend: str = "inductor") -> list[float]:
         loss = F.mse_loss(model(x), y)
         loss.backward()
         optimizer.step()
-        return loss.detach()
+        return loss
 
     before = counters["stats"]["unique_graphs"]
     losses = []

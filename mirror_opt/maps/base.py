@@ -7,9 +7,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mirror_opt.dtypes import at_least_float32
 from mirror_opt.errors import InputError
 
-__all__ = ["REGISTRY", "MirrorMap", "Profile", "create", "dot", "learned_dtype", "register"]
+__all__ = ["REGISTRY", "MirrorMap", "Profile", "create", "dot", "register"]
 
 Tensors = Sequence[Tensor | None]
 
@@ -37,18 +38,13 @@ class _Batch(NamedTuple):
     coefficient: Any
 
 
-def learned_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a map's own parameters: half-precision tensors get float32 maps."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def dot(xs: Tensors, ys: Tensors) -> Tensor:
     """<x, y> summed over the tensors of two sequences; pairs with a None count nothing.
 
     In float32 for tensors of half precision, whose products leave their range.
     """
     pairs = [(x, y) for x, y in zip(xs, ys, strict=True) if x is not None and y is not None]
-    terms = [(x.to(learned_dtype(x.dtype)) * y).sum() for x, y in pairs]
+    terms = [(x.to(at_least_float32(x.dtype)) * y).sum() for x, y in pairs]
     return torch.stack(terms).sum() if terms else torch.zeros(())
 
 
@@ -261,7 +257,7 @@ class OwningMap(MirrorMap):
         self.shapes = [tuple(p.shape) for p in params]
 
     def _widened(self, xs: Tensors) -> Tensors:
-        return [None if x is None else x.to(learned_dtype(x.dtype)) for x in xs]
+        return [None if x is None else x.to(at_least_float32(x.dtype)) for x in xs]
 
     def _own_dtype(self, coefficient: Any) -> torch.dtype:
         """The dtype of what the map computes from its own parameters for one tensor."""

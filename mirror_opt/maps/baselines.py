@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mirror_opt.maps.base import OwningMap, learned_dtype, register
+from mirror_opt.dtypes import at_least_float32
+from mirror_opt.maps.base import OwningMap, register
 from mirror_opt.maps.modes import mode_product, mode_sizes
 
 __all__ = ["MetaCurvature"]
@@ -37,7 +38,7 @@ class MetaCurvature(OwningMap):
         self.modes = [mode_sizes(p.shape) for p in params]
 
         def start(p: Tensor, modes: tuple[int, ...]) -> list[Tensor]:
-            options: dict[str, Any] = {"dtype": learned_dtype(p.dtype), "device": p.device}
+            options: dict[str, Any] = {"dtype": at_least_float32(p.dtype), "device": p.device}
             if not modes:
                 return [torch.ones(p.shape, **options)]
             return [torch.eye(n, **options) for n in modes]

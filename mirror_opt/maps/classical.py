@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from mirror_opt.dtypes import at_least_float32
 from mirror_opt.errors import InputError
-from mirror_opt.maps.base import MirrorMap, OwningMap, learned_dtype, register
+from mirror_opt.maps.base import MirrorMap, OwningMap, register
 from mirror_opt.newton import NewtonError, Status, solve_monotone
 
 __all__ = ["Diagonal", "Euclidean", "Hypentropy", "NegativeEntropy", "PNorm"]
@@ -54,7 +55,7 @@ class Diagonal(OwningMap):
         params = list(params)
         super().__init__(params)
         self.log_d = nn.ParameterList(
-            nn.Parameter(torch.zeros_like(p, dtype=learned_dtype(p.dtype))) for p in params
+            nn.Parameter(torch.zeros_like(p, dtype=at_least_float32(p.dtype))) for p in params
         )
 
     def coefficients(self) -> list[Tensor]:

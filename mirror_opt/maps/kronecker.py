@@ -7,8 +7,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mirror_opt.dtypes import at_least_float32
 from mirror_opt.errors import InputError
-from mirror_opt.maps.base import Profile, Tensors, _Batch, learned_dtype, register
+from mirror_opt.maps.base import Profile, Tensors, _Batch, register
 from mirror_opt.maps.modes import fused_mode, mode_product, mode_sizes
 from mirror_opt.maps.separable import NeuralMap, NeuralUnits, Separable, alike
 from mirror_opt.newton import implicit_convex
@@ -31,7 +32,7 @@ class _Factors(nn.Module):
 
     def __init__(self, like: Tensor, terms: int, n: int, invertible: bool, seeds: Sequence[int]):
         super().__init__()
-        options: dict[str, Any] = {"dtype": learned_dtype(like.dtype), "device": like.device}
+        options: dict[str, Any] = {"dtype": at_least_float32(like.dtype), "device": like.device}
         shape = (len(seeds), terms, n, n)
         self.invertible = invertible
         self.a = nn.Parameter(torch.zeros(shape, **options))

@@ -6,8 +6,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mirror_opt.dtypes import at_least_float32
 from mirror_opt.errors import InputError
-from mirror_opt.maps.base import OwningMap, Profile, Tensors, learned_dtype, register
+from mirror_opt.maps.base import OwningMap, Profile, Tensors, register
 from mirror_opt.ops import separable_forward, separable_inverse
 from mirror_opt.reference import SIGMAS, Units, psi, psi_integral, psi_slope_bounds
 
@@ -83,7 +84,7 @@ class NeuralUnits(nn.Module):
         super().__init__()
         rest = [1] * (like.dim() - shared)
         shape = (*like.shape[:shared], *rest)  # broadcasts against the tensor
-        options: dict[str, Any] = {"dtype": learned_dtype(like.dtype), "device": like.device}
+        options: dict[str, Any] = {"dtype": at_least_float32(like.dtype), "device": like.device}
         centres = torch.linspace(-1, 1, units) if units > 1 else torch.zeros(units)
         gains = (*like.shape[:terms], *[1] * (like.dim() - terms))
         self.rho, self.sigma = rho, sigma

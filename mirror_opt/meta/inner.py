@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mirror_opt.maps.base import MirrorMap, dot, learned_dtype
+from mirror_opt.dtypes import at_least_float32
+from mirror_opt.maps.base import MirrorMap, dot
 
 __all__ = ["InnerLoop", "Step"]
 
@@ -99,13 +100,13 @@ class InnerLoop:
 
     def zero_dual(self, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """zeta_0 for parameters: in float32 for those of less, whose sum of steps it carries."""
-        return tuple(torch.zeros_like(p, dtype=learned_dtype(p.dtype)) for p in params)
+        return tuple(torch.zeros_like(p, dtype=at_least_float32(p.dtype)) for p in params)
 
     def dual_start(self) -> tuple[Tensor, ...] | None:
         """grad h(phi_0) for maps that act on phi itself, None for anchored maps."""
         if self.mirror_map.anchored:
             return None
-        init = tuple(p.to(learned_dtype(p.dtype)) for p in self.init)
+        init = tuple(p.to(at_least_float32(p.dtype)) for p in self.init)
         return self.mirror_map(init, self.coefficients)
 
     def primal(self, zeta: Sequence[Tensor], start: Sequence[Tensor] | None) -> tuple[Tensor, ...]:

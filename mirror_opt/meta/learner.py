@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mirror_opt.dtypes import at_least_float32
 from mirror_opt.errors import InputError
 from mirror_opt.maps.base import MirrorMap
 from mirror_opt.maps.classical import Euclidean
@@ -96,7 +97,7 @@ class MetaLearner(nn.Module):
         like = next(iter(adapted.values()))
         # One rate a step, so that the logs cost nothing and the rates stay positive.
         log_lr = torch.full((self.steps,), lr, dtype=torch.float64).log()
-        log_lr = log_lr.to(torch.promote_types(like.dtype, torch.float32)).to(like.device)
+        log_lr = log_lr.to(at_least_float32(like.dtype)).to(like.device)
         self.log_lr = nn.Parameter(log_lr, requires_grad=learn_lr)
 
     @staticmethod

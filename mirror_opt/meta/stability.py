@@ -28,7 +28,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mirror_opt.maps.base import dot, learned_dtype
+from mirror_opt.dtypes import at_least_float32
+from mirror_opt.maps.base import dot
 from mirror_opt.meta.inner import InnerLoop, LossFn, Step
 
 __all__ = ["guarded_run"]
@@ -68,7 +69,9 @@ def guarded_run(
     def evaluate(params: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
         with torch.set_grad_enabled(tracked):
             gradient, loss = inner.gradient(params, loss_fn, x, y)
-        return gradient, loss.to(learned_dtype(loss.dtype))  # sizes and bounds leave half's range
+        return gradient, loss.to(
+            at_least_float32(loss.dtype)
+        )  # sizes and bounds leave half's range
 
     start = inner.dual_start()
     params = inner.init

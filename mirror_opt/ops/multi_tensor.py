@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mirror_opt import backends
+from mirror_opt.dtypes import at_least_float32
 from mirror_opt.errors import InputError
 from mirror_opt.reference import Units
 
@@ -167,7 +168,7 @@ def separable_step_(
                         f"{name}[{i}] has shape {tuple(x.shape)}: pass that of params[{i}], "
                         f"{tuple(p.shape)}"
                     )
-    wide = [torch.promote_types(p.dtype, torch.float32) for p in params]
+    wide = [at_least_float32(p.dtype) for p in params]
     for i, (p, dtype, (w, s, c)) in enumerate(zip(params, wide, units, strict=True)):
         if not w.shape == s.shape == c.shape or w.dim() != 2 or w.shape[0] != units[0].w.shape[0]:
             shapes = [tuple(x.shape) for x in (w, s, c)]
@@ -185,7 +186,7 @@ def separable_step_(
                 )
         for name in ("grads", "buffers", "anchors"):
             for x in lists[name][i : i + 1]:
-                wider = torch.promote_types(x.dtype, torch.float32)
+                wider = at_least_float32(x.dtype)
                 if not x.is_floating_point() or wider != dtype:
                     raise InputError(
                         f"{name}[{i}] is {x.dtype}: pass a floating dtype that {dtype} holds, as "

@@ -19,9 +19,9 @@ from torch.optim.sgd import sgd
 
 from mirror_opt import backends
 from mirror_opt.backends import cpp, plain
+from mirror_opt.dtypes import at_least_float32
 from mirror_opt.errors import InputError
 from mirror_opt.maps import Euclidean, MirrorMap, SeparableNeural
-from mirror_opt.maps.base import learned_dtype
 from mirror_opt.maps.separable import NeuralUnits, Separable
 from mirror_opt.newton import Status
 from mirror_opt.ops import exceeds
@@ -253,11 +253,13 @@ def _separable_refusal(lists: Lists, dtypes: set[torch.dtype]) -> str | None:
         return "parameters have changed their shape"
     if torch.float64 in dtypes and len(dtypes) > 1:
         return "float64 and other parameters or gradients are in one group"
-    dtype = learned_dtype(param.dtype)
+    dtype = at_least_float32(param.dtype)
     if {g.p.dtype for g in mirror_map.groups} != {dtype}:
         return f"the map was built for another dtype than {param.dtype}"
     stored, wide = [*lists.buffers, *lists.anchors], [*lists.duals, *lists.dual_inits]
-    if any(learned_dtype(x.dtype) != dtype for x in stored) or any(x.dtype != dtype for x in wide):
+    if any(at_least_float32(x.dtype) != dtype for x in stored) or any(
+        x.dtype != dtype for x in wide
+    ):
         return "parameters have changed their dtype since the first step"
     if torch.compiler.is_compiling():
         return None  # the operator chooses its backend when it runs

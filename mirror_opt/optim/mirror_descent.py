@@ -19,22 +19,15 @@ from mirror_opt.optim.options import (
     Group,
     check_group,
     check_options,
-    is_anchored,
-    keeps_dual,
-    parameter_name,
-    state_dtype,
 )
 from mirror_opt.optim.plan import Lists, Plan, attempt_each, failure
 from mirror_opt.optim.sharded import (
     agreed,
-    from_shard,
-    gradient,
-    is_sharded,
-    local,
     meshes,
     on_shards,
 )
-from mirror_opt.optim.update import Tensors, Update, all_finite, mirror_descent, through, widened
+from mirror_opt.optim.state import init_group
+from mirror_opt.optim.update import Update, all_finite, mirror_descent, widened
 
 __all__ = ["MirrorDescent"]
 
@@ -309,77 +302,10 @@ class MirrorDescent(Optimizer):
         on_cpu = all(p.is_cpu for group in self.param_groups for p in group["params"])
         return "raise" if on_cpu and not torch.compiler.is_compiling() else "skip"
 
-    def _init_group(
-        self,
-        group: Group,
-        slots: list[int],
-        params: Tensors,
-        grads: Tensors,
-        buffers: Tensors,
-        anchors: Tensors,
-        dual_inits: Tensors,
-        duals: Tensors,
-    ) -> None:
-        """Collects what a step of the group reads, and creates the state that is missing."""
+    def _init_group(self, *lists: Any) -> None:
         # torch.compile knows this name from torch's own optimizers: it calls the method once,
         # outside the graph, and takes the tensors from the lists.
-        anchored = is_anchored(group)
-        stateless = group["momentum"] == 0 and not anchored
-        for slot, p in enumerate(group["params"]):
-            grad = p.grad
-            if grad is None or p.numel() == 0:
-                continue
-            if grad.layout is not torch.strided:
-                raise InputError(
-                    f"the gradient of {parameter_name(group, slot)} is {grad.layout}: make it "
-                    "dense (sparse=False in an embedding), or give it to torch.optim.SparseAdam"
-                )
-            slots.append(slot)
-            if is_sharded(p):
-                params.append(local(p))
-                grads.append(local(gradient(p)))
-            else:
-                params.append(p)
-                grads.append(grad)
-            if stateless:
-                continue
-            state, dtype = self.state[p], state_dtype(p, group)
-            if not state:
-                _check_not_captured(p)
-            if group["momentum"] != 0:
-                # Zeros make mu 0 + g = g of the first step, as SGD's special case does.
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)
-                buffers.append(local(state["momentum_buffer"]))
-            if anchored:
-                if "anchor" not in state:
-                    state["anchor"] = p.to(dtype, copy=True)
-                anchors.append(local(state["anchor"]))
-        if keeps_dual(group):
-            self._init_dual(group, params, anchors, slots)
-            states = [self.state[group["params"][slot]] for slot in slots]
-            duals.extend(local(state["dual"]) for state in states)
-            if not anchored:
-                dual_inits.extend(local(state["dual_init"]) for state in states)
-
-    def _init_dual(self, group: Group, params: Tensors, anchors: Tensors, slots: list[int]) -> None:
-        whole = [group["params"][slot] for slot in slots]
-        missing = [i for i, p in enumerate(whole) if "dual" not in self.state[p]]
-        if not missing:
-            return
-        _check_not_captured(whole[missing[0]])
-        xs = widened([params[i] for i in missing], copy=True)
-        if anchors:
-            xs = [x - anchors[i] for x, i in zip(xs, missing, strict=True)]
-        slots = [slots[i] for i in missing]
-        mirror_map = on_shards(group["mirror_map"], group["params"])
-        zs = through(mirror_map, xs, slots, len(group["params"]))
-        for i, z in zip(missing, zs, strict=True):
-            state, z = self.state[whole[i]], from_shard(z, whole[i])
-            if anchors:  # z of a displacement is a displacement already: z_0 is zero
-                state["dual"] = z
-            else:
-                state["dual"], state["dual_init"] = torch.zeros_like(z), z
+        init_group(self.state, *lists)
 
     def _collect(self, group: Group) -> Lists:
         lists = Lists(group, [], [], [], [], [], [], [])
@@ -498,12 +424,3 @@ def _drop_repeated(group: Group) -> None:
         first = sorted(places.values())
         for name in {"params", "param_names"} & group.keys():
             group[name] = [group[name][i] for i in first]
-
-
-def _check_not_captured(p: Tensor) -> None:
-    """Raises InputError where the state of p is created within a CUDA graph."""
-    if p.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise InputError(
-            "a CUDA graph is being captured and would create the state anew at every replay: take "
-            "a step before"
-        )

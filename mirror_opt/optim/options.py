@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mirror_opt.dtypes import at_least_float32
 from mirror_opt.errors import InputError
 from mirror_opt.maps import MirrorMap
 from mirror_opt.optim.sharded import check_placements, is_sharded, whole
@@ -57,7 +58,7 @@ def is_anchored(group: Group) -> bool:
 
 def state_dtype(p: Tensor, group: Group) -> torch.dtype:
     """The dtype of all state of a parameter: at least float32 beside a dual state."""
-    return torch.promote_types(p.dtype, torch.float32) if keeps_dual(group) else p.dtype
+    return at_least_float32(p.dtype) if keeps_dual(group) else p.dtype
 
 
 def parameter_name(group: Group, slot: int) -> str:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mirror_opt.dtypes import at_least_float32
 from mirror_opt.maps import MirrorMap
 from mirror_opt.optim.rounding import round_stochastically
 from mirror_opt.optim.sharded import OnShards
@@ -127,7 +128,7 @@ def through(
 
 def widened(xs: Tensors, copy: bool = False) -> Tensors:
     """In at least float32, where a step is computed before it is rounded once."""
-    return [x.to(torch.promote_types(x.dtype, torch.float32), copy=copy) for x in xs]
+    return [x.to(at_least_float32(x.dtype), copy=copy) for x in xs]
 
 
 def all_finite(tensors: Tensors) -> Tensor:
