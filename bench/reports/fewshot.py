@@ -103,11 +103,13 @@ def search_table(study: str) -> str:
         return PENDING
     percent = rows[0]["metric"] == "accuracy"
     grid = sorted({(r["init_lr"], r["map_lr"]) for r in rows})
-    body = []
+    body, edges = [], []
     for variant in dict.fromkeys(r["variant"] for r in rows):
         mine = {(r["init_lr"], r["map_lr"]): r["mean"] for r in rows if r["variant"] == variant}
         finite = [m for m in mine.values() if m is not None]
         best = max(finite) if percent else min(finite)
+        if at_edge := edge(mine, best, ("init",) if variant == "maml" else ("init", "map")):
+            edges.append(f"{variant} ({at_edge})")
 
         def cell(at: tuple, mine: dict = mine, best: float = best) -> str:
             if at not in mine:
@@ -126,7 +128,20 @@ def search_table(study: str) -> str:
         "init / of the map (the init's alone for MAML)."
     )
     head = ["method", *[f"{i:g} / {m:g}" for i, m in grid]]
-    return f"{title}\n\n{table(head, body)}\n\n{circumstances(rows)}"
+    note = f"Best at an edge of what was searched: {', '.join(edges)}." if edges else ""
+    parts = [title, table(head, body), note, circumstances(rows)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def edge(found: dict[tuple, float | None], best: float, names: tuple[str, ...]) -> str:
+    """Which of the rates have their best value at the end of what was searched, beside others."""
+    at = next(rates for rates, mean in found.items() if mean == best)
+    told = []
+    for i, name in enumerate(names):
+        values = {rates[i] for rates in found}
+        if len(values) > 1 and at[i] in (min(values), max(values)):
+            told.append(f"{name} {'lowest' if at[i] == min(values) else 'highest'}")
+    return " and ".join(told)
 
 
 for _study in STUDIES:
