@@ -22,7 +22,8 @@ def in_turn(
         base: the way that a way is compared with. A round runs all of them, so its ratios are free
             of the machine's drift.
     """
-
+    if repeats < 2:
+        raise SystemExit(f"--repeats {repeats}: pass 2 or more")
     inductor.force_disable_caches = True  # the first call compiles, whatever has run before
 
     def seconds(way: Callable[[], Any]) -> float:

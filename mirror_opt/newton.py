@@ -195,12 +195,17 @@ def _conjugate_gradients(
 @torch.no_grad()
 def _solve_linear(product: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
     """The x with product(x) = b; NaN where b is not finite, as a gradient that diverged may be."""
-    if not math.isfinite(_dot(b, b)):
+    size = float(b.abs().max()) if b.numel() else 0.0
+    if size == 0:
+        return torch.zeros_like(b)
+    if not math.isfinite(size):
         return torch.full_like(b, math.nan)
-    x, converged = _conjugate_gradients(product, b, 8 * _default_tolerance(b.dtype))
+    # On the scale of one, where squares stay in range and subnormal numbers have all their digits.
+    tolerance = 8 * _default_tolerance(b.dtype)
+    x, converged = _conjugate_gradients(product, b / size, tolerance)
     if not converged:
         raise NewtonError(Status.MAX_ITERATIONS)
-    return x
+    return x * size
 
 
 @torch.compiler.disable  # a loop that asks numbers: traced, each of its lines would be a graph

@@ -275,6 +275,21 @@ def test_calibration_sets_the_scale(name):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["separable", "kronecker"])
+def test_calibration_on_half_precision_and_on_another_dtype(name):
+    torch.manual_seed(8)
+    tiny = (1e-5 * torch.randn(4, 6)).half()
+    found = []
+    for sample in (tiny, tiny.float()):  # whose squares half precision does not hold
+        mirror_map = maps.create(name, [sample])
+        mirror_map.calibrate([[sample]])
+        found.append(list(mirror_map.state_dict().values()))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(InputError, match="convert the map"):
+        mirror_map.calibrate([[tiny.double()]])
+
+
 def test_kronecker_holds_a_sum_that_no_product_represents():
     torch.manual_seed(9)
     mirror_map = learned("kronecker", {"units": 0, "terms": 2}, shapes=((3, 3),))

@@ -178,14 +178,19 @@ def test_finite_differences_with_normalisation(name, norm, loss_of, engine):
 
 
 @pytest.mark.parametrize("guard", [True, "auto"])
+@pytest.mark.parametrize("lr", [0.1, 1.0])  # steps are refused at the second
 @pytest.mark.parametrize("norm", [None, "batch", "layer"])
-def test_guarded_runs_of_a_batch_are_differentiable(norm, guard):
+def test_guarded_runs_of_a_batch_are_differentiable(norm, lr, guard):
     gradients = []
     for loss_of, engine in ((adapt_each, "loop"), (adapt_all, "loop"), (adapt_all, "vmap")):
         model = normalised(norm) if norm else mlp()
         learner = MetaLearner(
-            model, maps.Diagonal(model.parameters()), lr=0.1, steps=2, engine=engine
+            model, maps.Diagonal(model.parameters()), lr=lr, steps=2, engine=engine
         )
+        accepted = learner.adapt_batch(F.mse_loss, *tasks()[:2], steps=4, guard=guard).accepted
+        assert accepted.shape == (TASKS, 4)
+        if guard is True:
+            assert bool(accepted.all()) == (lr == 0.1)
         loss_of(learned(learner), *tasks(), steps=4, guard=guard).backward()
         gradients.append([p.grad for p in learner.parameters() if p.grad is not None])
     for other in gradients[1:]:

@@ -170,6 +170,17 @@ def test_models_of_half_precision(name, dtype):
     assert losses[dtype] == pytest.approx(losses[torch.float32], rel=0.05)
 
 
+@pytest.mark.parametrize("guard", [False, True])
+def test_adaptation_in_inference_mode(guard):
+    net = model()
+    learner = MetaLearner(net, maps.Diagonal(net.parameters()), lr=0.1, steps=3, engine="vmap")
+    x, y = data()[:2]
+    expected = learner.adapt_batch(F.mse_loss, x, y, guard=guard)(x)
+    with torch.inference_mode():
+        found = learner.adapt_batch(F.mse_loss, x, y, guard=guard)(x)
+    torch.testing.assert_close(found, expected.detach())
+
+
 def test_engine_choice():
     def choose(net: nn.Module, mirror_map=None, engine: str = "auto") -> str:
         return choose_engine(engine, net, mirror_map or maps.Euclidean())

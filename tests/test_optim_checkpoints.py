@@ -243,6 +243,31 @@ def test_what_is_lost_is_named():
             optimizer.load_state_dict(lost)
 
 
+@pytest.mark.parametrize(
+    ("make_map", "lost"),
+    [(lambda p: maps.Hypentropy(), "dual_init"), (maps.KroneckerNeural, "anchor")],
+    ids=["dual_init", "anchor"],
+)
+def test_a_displacement_without_its_origin_is_refused(make_map, lost):
+    optimizer = trained(make_map)
+    saved = optimizer.state_dict()
+    before = everything(optimizer)
+    for p, values in saved["state"].items():
+        saved["state"][p] = {k: v for k, v in values.items() if k != lost}
+    with pytest.raises(InputError, match=f"has no {lost}"):
+        optimizer.load_state_dict(saved)
+    assert same(everything(optimizer)[1], before[1])
+
+
+def test_tensors_of_a_map_that_are_no_floats_are_refused():
+    optimizer = trained(maps.Diagonal)
+    saved = optimizer.state_dict()
+    state = saved["param_groups"][0]["mirror_map"]["state"]
+    state.update({key: value.int() for key, value in state.items()})
+    with pytest.raises(InputError, match=r"of the mirror_map is of torch\.int32"):
+        optimizer.load_state_dict(saved)
+
+
 @pytest.mark.parametrize("value", [None, "text", -1.5, [1], {"a": 1}], ids=repr)
 def test_whatever_is_damaged_loads_or_changes_nothing(value):
     saved = trained(lambda p: maps.KroneckerNeural(p, units=2), 3.0, 4.0).state_dict()

@@ -279,6 +279,16 @@ class OwningMap(MirrorMap):
             self._check_dtype(index, x, coefficient)
         return batches
 
+    def _samples(
+        self, displacements: Sequence[Tensors], index: int, coefficient: Any
+    ) -> list[Tensor]:
+        """What there is of one tensor to calibrate on, widened."""
+        found = [self._widened([d[index]])[0] for d in displacements]
+        samples = [x for x in found if x is not None]
+        for x in samples:
+            self._check_dtype(index, x, coefficient)
+        return samples
+
     @torch.no_grad()
     def check(self, params: Sequence[Tensor]) -> None:
         shapes = [tuple(p.shape) for p in params]

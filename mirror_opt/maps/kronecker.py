@@ -246,13 +246,10 @@ class KroneckerNeural(NeuralMap):
         for group, terms in zip(self.groups, self.coefficients(), strict=True):
             for member, i in enumerate(group.indices):
                 mine = terms.of([member])
-                samples = [
-                    self._rotate(group.stack([x]), mine)
-                    for x in (self._widened(d)[i] for d in displacements)
-                    if x is not None
-                ]
+                samples = self._samples(displacements, i, terms)
                 if samples:
-                    group.units.calibrate(samples, slice(member, member + 1))
+                    rotated = [self._rotate(group.stack([x]), mine) for x in samples]
+                    group.units.calibrate(rotated, slice(member, member + 1))
 
     def profiles(self) -> list[Profile]:
         found = [
@@ -352,7 +349,7 @@ class KroneckerNeural(NeuralMap):
         """A bound on the norm of what the units add up to in F, and take away again near zero."""
         gain, units, _ = terms.separable
         largest = (gain * psi_bracket(units)).abs()
-        return mode_product(largest, [f.abs() for f in terms.factors], transpose=True).norm()
+        return mode_product(largest, [f.abs() for f in terms.factors], transpose=True).sum(1).norm()
 
     def _bounds(self, coefficient: _Terms) -> tuple[Tensor, Tensor]:
         gain, units, sigma = coefficient.separable

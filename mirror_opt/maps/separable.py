@@ -296,10 +296,11 @@ class SeparableNeural(NeuralMap):
                 yield i, units, slice(member, member + 1)
 
     def calibrate(self, displacements: Sequence[Tensors]) -> None:
+        coefficients = self.coefficients()
         for i, units, member in self._members():
-            samples = [x.unsqueeze(0) for d in displacements if (x := d[i]) is not None]
+            samples = self._samples(displacements, i, coefficients[i])
             if samples:
-                units.calibrate(samples, member)
+                units.calibrate([x.unsqueeze(0) for x in samples], member)
 
     def profiles(self) -> list[Profile]:
         found = [p for i, units, member in self._members() for p in units.profile(i, member)]

@@ -86,9 +86,9 @@ class InnerLoop:
         def one(params: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
             return loss_fn(self.predict(params, x), y)
 
-        return self._each(one, params, x, y)
+        return self.each(one, params, x, y)
 
-    def _each(self, function: Callable, *args: Any) -> Any:
+    def each(self, function: Callable, *args: Any) -> Any:
         """The function of one task, for a batch of tasks where there is one."""
         if self.differentiation == "batched":
             return torch.func.vmap(function, randomness="different")(*args)
@@ -101,6 +101,12 @@ class InnerLoop:
     def zero_dual(self, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """zeta_0 for parameters: in float32 for those of less, whose sum of steps it carries."""
         return tuple(torch.zeros_like(p, dtype=at_least_float32(p.dtype)) for p in params)
+
+    def primal_start(self, x: Tensor) -> tuple[Tensor, ...]:
+        """phi_0, for each task of a batch with the inputs ``x``."""
+        if self.differentiation == "batched":
+            return tuple(p.expand(len(x), *p.shape) for p in self.init)
+        return self.init
 
     def dual_start(self) -> tuple[Tensor, ...] | None:
         """grad h(phi_0) for maps that act on phi itself, None for anchored maps."""
@@ -121,7 +127,7 @@ class InnerLoop:
                 moved = list(self.mirror_map.inverse(moved, self.coefficients))
             return tuple(m.to(p.dtype) for m, p in zip(moved, self.init, strict=True))
 
-        return self._each(one, tuple(zeta))
+        return self.each(one, tuple(zeta))
 
     def gradient(
         self, params: Sequence[Tensor], loss_fn: LossFn, x: Tensor, y: Tensor
@@ -158,9 +164,7 @@ class InnerLoop:
             slopes: report ``Step.slope``.
         """
         start = self.dual_start()
-        params = self.init
-        if self.differentiation == "batched":
-            params = tuple(p.expand(len(x), *p.shape) for p in params)
+        params = self.primal_start(x)
         zeta = self.zero_dual(params)
         yield Step(params)
         for k in range(steps):
@@ -172,6 +176,6 @@ class InnerLoop:
             slope = None
             if slopes:
                 move = tuple(m - p for m, p in zip(moved, params, strict=True))
-                slope = self._each(dot, gradient, move).detach()
+                slope = self.each(dot, gradient, move).detach()
             params = moved
             yield Step(params, loss, slope)

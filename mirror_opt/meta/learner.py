@@ -153,7 +153,7 @@ class MetaLearner(nn.Module):
         tasks = (len(x),) if inner.differentiation == "batched" else ()
         losses = torch.stack(trace, -1) if trace else inner.rates.new_zeros(*tasks, 0)
         accepted = [step.accepted for step in trail[1:] if step.accepted is not None]
-        return trail[-1].params, losses, torch.stack(accepted) if accepted else ()
+        return trail[-1].params, losses, torch.stack(accepted, -1) if accepted else ()
 
     def adapt(
         self,
@@ -200,8 +200,7 @@ class MetaLearner(nn.Module):
     ) -> AdaptedBatch:
         """Adapts to T tasks; as ``adapt`` with a leading dimension T on ``x`` and ``y``.
 
-        Differentiable like ``adapt``. A guarded run that is differentiated goes task by task,
-        whatever the engine.
+        Differentiable like ``adapt``.
 
         Raises:
             InputError: as ``adapt``.
@@ -214,12 +213,8 @@ class MetaLearner(nn.Module):
         def task(inner: InnerLoop, x: Tensor, y: Tensor):
             return self._adapt(runner, inner, loss_fn, x, y, steps)
 
-        if engine == "vmap" and runner is InnerLoop.run:
+        if engine == "vmap" and torch.is_grad_enabled():
             result = task(replace(inner, differentiation="batched"), x, y)
-        elif torch.is_grad_enabled() and not self.first_order:
-            # The guard is for one task at a time, and within vmap its gradients could not be
-            # differentiated again.
-            result = map_tasks("loop", task, replace(inner, differentiation="autograd"), (x, y))
         else:
             result = map_tasks(engine, task, inner, (x, y))
         params, losses, accepted = result

@@ -19,7 +19,7 @@ is rejected, and then halved: good maps live beyond the classical bound there.
 The first ``trusted`` steps are accepted whenever they are finite: what was trained may pass through
 a higher support loss on its way to a lower query loss, and is left as it was trained.
 
-All of it is written without branches on data, so that it runs under ``vmap`` too.
+All of it is written without branches on data, so that it serves a batch of tasks too.
 """
 
 import math
@@ -42,6 +42,10 @@ _RELATIVE_SLACK, _ABSOLUTE_SLACK = 1e-6, 1e-10  # rounding of the loss is not a 
 
 def _all_finite(tensors: tuple[Tensor, ...]) -> Tensor:
     return torch.stack([torch.isfinite(t).all() for t in tensors]).all()
+
+
+def _moved(zeta: tuple[Tensor, ...], a: Tensor, gradient: tuple[Tensor, ...]) -> tuple:
+    return tuple(z - a * g for z, g in zip(zeta, gradient, strict=True))
 
 
 def _select(accept: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple:
@@ -69,12 +73,11 @@ def guarded_run(
     def evaluate(params: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
         with torch.set_grad_enabled(tracked):
             gradient, loss = inner.gradient(params, loss_fn, x, y)
-        return gradient, loss.to(
-            at_least_float32(loss.dtype)
-        )  # sizes and bounds leave half's range
+        wide = at_least_float32(loss.dtype)  # sizes and bounds leave half's range
+        return gradient, loss.to(wide)
 
     start = inner.dual_start()
-    params = inner.init
+    params = inner.primal_start(x)
     zeta = inner.zero_dual(params)
     yield Step(params)
     gradient, loss = evaluate(params)
@@ -83,17 +86,17 @@ def guarded_run(
     for k in range(steps):
         alpha = inner.rate(k)
         a = size * alpha
-        candidate_zeta = tuple(z - a * g for z, g in zip(zeta, gradient, strict=True))
+        candidate_zeta = inner.each(_moved, zeta, a, gradient)
         candidate = inner.primal(candidate_zeta, start)
         new_gradient, new_loss = evaluate(candidate)
         with torch.no_grad():
-            move = [c - p for c, p in zip(candidate, params, strict=True)]
-            slope = dot(gradient, move)
+            move = tuple(c - p for c, p in zip(candidate, params, strict=True))
+            slope, new_slope = (inner.each(dot, g, move) for g in (gradient, new_gradient))
             tiny = torch.finfo(slope.dtype).tiny
-            curvature = (slope - dot(new_gradient, move)).abs() / (a * slope.abs()).clamp(min=tiny)
+            curvature = (slope - new_slope).abs() / (a * slope.abs()).clamp(min=tiny)
             bound = loss + _DECREASE * slope.clamp(max=0)
             bound = bound + _RELATIVE_SLACK * loss.abs() + _ABSOLUTE_SLACK
-            accept = torch.isfinite(new_loss) & _all_finite(new_gradient)
+            accept = torch.isfinite(new_loss) & inner.each(_all_finite, new_gradient)
             if k >= trusted:
                 accept = accept & (new_loss <= bound)
             # In units of alpha: gamma / beta, and no limit where beta says nothing.
@@ -108,8 +111,8 @@ def guarded_run(
                 theta = torch.where(accept, theta, theta.clamp(max=1))
                 size = torch.where(accept, size, shorter)
         before = loss
-        params = _select(accept, candidate, params)
-        zeta = _select(accept, candidate_zeta, zeta)
-        gradient = _select(accept, new_gradient, gradient)
+        params = inner.each(_select, accept, candidate, params)
+        zeta = inner.each(_select, accept, candidate_zeta, zeta)
+        gradient = inner.each(_select, accept, new_gradient, gradient)
         loss = torch.where(accept, new_loss, loss)
         yield Step(params, before, slope if slopes else None, accept)

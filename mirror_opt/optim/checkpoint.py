@@ -3,12 +3,19 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from mirror_opt.errors import InputError
 from mirror_opt.maps import MirrorMap
-from mirror_opt.optim.options import Group, check_options, parameter_name, state_dtype
+from mirror_opt.optim.options import (
+    Group,
+    check_options,
+    is_anchored,
+    parameter_name,
+    state_dtype,
+)
 from mirror_opt.optim.sharded import placed_as
 
 __all__ = ["adopt", "checked", "hide_state", "pack_maps"]
@@ -69,9 +76,15 @@ def adopt(mine: list[Group], groups: list[Group], state: State) -> None:
     for own, group in zip(mine, groups, strict=True):
         _check_same(own["mirror_map"], group.get("mirror_map"))
         _check_group(own, group)
+        anchored = is_anchored({**group, "mirror_map": own["mirror_map"]})
         for slot, p in enumerate(group["params"]):
-            for key, hidden in state.get(p, {}).items():
-                _check_state(hidden.value, p, f"{key} of {parameter_name(own, slot)}")
+            found, where = state.get(p, {}), parameter_name(own, slot)
+            for key, hidden in found.items():
+                _check_state(hidden.value, p, f"{key} of {where}")
+            # Without what it is measured from, a displacement says nothing.
+            origin = "anchor" if anchored else "dual_init" if "dual" in found else None
+            if found and origin is not None and origin not in found:
+                raise InputError(f"the checkpoint's state of {where} has no {origin}: {_ADVICE}")
     for mirror_map, group in zip(maps, groups, strict=True):
         mine_now = mirror_map.state_dict()
         saved = group["mirror_map"]["state"]
@@ -142,6 +155,8 @@ def _check_same(mirror_map: MirrorMap, saved: Any) -> None:
     theirs, ours = _shapes(state), _shapes(mine["state"])
     for key in theirs | ours:
         _check_equal(name, f"{key} of shape", theirs.get(key), ours.get(key))
+    for key, value in state.items():
+        _check_numbers(value, f"{key} of the mirror_map")
 
 
 def _check_equal(name: str, what: str, theirs: Any, mine: Any) -> None:
@@ -182,5 +197,12 @@ def _check_state(value: Any, p: Tensor, what: str) -> None:
         raise InputError(
             f"the checkpoint's {what} has shape {tuple(shape)}: load a checkpoint of the same model"
         )
-    if not value.is_floating_point():
-        raise InputError(f"the checkpoint's {what} is of {value.dtype}, not floating: {_ADVICE}")
+    _check_numbers(value, what)
+
+
+def _check_numbers(value: Tensor, what: str) -> None:
+    if not value.is_floating_point() or value.layout is not torch.strided:
+        raise InputError(
+            f"the checkpoint's {what} is of {value.dtype} and {value.layout}, not of a floating "
+            f"dtype and strided: {_ADVICE}"
+        )

@@ -129,9 +129,9 @@ class EuclideanStep(FusedStep):
         if decay != 0:
             factor = 1 - lr * decay
             if found_inf is not None:
-                # Beside a number, a number would become a float32.
-                one = torch.ones((), dtype=torch.float64, device=found_inf.device)
-                factor = torch.where(found_inf == 0, factor, one)
+                # In their dtype: beside a number, a number would become a float32.
+                one = torch.ones((), dtype=params[0].dtype, device=found_inf.device)
+                factor = torch.where(found_inf == 0, factor, one).to(one.dtype)
             torch._foreach_mul_(params, factor)
         sgd(
             params,
@@ -257,9 +257,8 @@ def _separable_refusal(lists: Lists, dtypes: set[torch.dtype]) -> str | None:
     if {g.p.dtype for g in mirror_map.groups} != {dtype}:
         return f"the map was built for another dtype than {param.dtype}"
     stored, wide = [*lists.buffers, *lists.anchors], [*lists.duals, *lists.dual_inits]
-    if any(at_least_float32(x.dtype) != dtype for x in stored) or any(
-        x.dtype != dtype for x in wide
-    ):
+    computed = [at_least_float32(x.dtype) for x in stored] + [x.dtype for x in wide]
+    if any(other != dtype for other in computed):
         return "parameters have changed their dtype since the first step"
     if torch.compiler.is_compiling():
         return None  # the operator chooses its backend when it runs

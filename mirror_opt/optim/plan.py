@@ -38,9 +38,11 @@ class Plan:
 
     def outcome(self) -> Tensors:
         """All that has to be finite for the step to be taken."""
-        # A gradient that is not finite shows in the momentum; where none is kept, a map that
-        # saturates or a rate of zero could hide it.
-        return [*self.new.params, *self.new.duals, *(self.new.buffers or self.grads)]
+        # A gradient that is not finite shows in the momentum and in a dual state that has moved;
+        # elsewhere a map that saturates or a rate of zero could hide it.
+        moved = self.new.buffers or (self.new.duals and self.new.duals is not self.old.duals)
+        shown = [] if moved else self.grads
+        return [*self.new.params, *self.new.buffers, *self.new.duals, *shown]
 
 
 def attempt_each(function: Callable[[Any], Any], xs: list, failures: list[NewtonError]) -> list:
