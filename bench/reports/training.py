@@ -67,11 +67,9 @@ def draw_training() -> None:
             rows = found.get(optimizer, [])
             if not rows or any(r["final"] is None for r in rows):
                 continue
-            # Step, metric and seconds; rows of an earlier time have no seconds.
-            steps, metric, *seconds = np.mean([r["curve"] for r in rows], axis=0).T
+            steps, metric, seconds = np.mean([r["curve"] for r in rows], axis=0).T
             by_steps.plot(steps, metric, color=colour, label=optimizer)
-            if seconds:
-                by_seconds.plot(*seconds, metric, color=colour)
+            by_seconds.plot(seconds, metric, color=colour)
         for axes, unit in ((by_steps, "steps"), (by_seconds, "seconds")):
             axes.set_yscale("log")
             axes.set_xlabel(unit)
