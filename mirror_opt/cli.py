@@ -32,6 +32,7 @@ _TRAINING = ("train", "compare")
 _HOW = (
     "command",
     "function",
+    "parser",
     "out",
     "resume",
     "overwrite",
@@ -54,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.Namespace()
     try:
         try:
-            _parser().parse_args(argv, arguments)
+            _, unknown = _parser().parse_known_args(argv, arguments)
+            if unknown:  # told by the command's own parser, whose help has the options
+                arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
             arguments.function(arguments)
         finally:
             _flush()
@@ -259,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
         )
-        sub.set_defaults(function=function)
+        sub.set_defaults(function=function, parser=sub)
         return sub
 
     sub = command("train", _train, "meta-train one method and evaluate it on new tasks")
@@ -272,9 +275,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _training_options(sub)
     sub = command("evaluate", _evaluate, "evaluate the checkpoints of a run on new tasks")
-    _task_options(sub)
-    _evaluation_options(sub)
-    _run_options(sub, required=True)
+    _task_options(sub, trained=True)
+    _evaluation_options(sub, trained=True)
+    sub.add_argument("--out", required=True, help="the run's directory")
     sub = command("plot", _plot, "redraw the pictures of a run from its rows and checkpoints")
     sub.add_argument("--data-dir", help="where the data of omniglot or folder is now")
     sub.add_argument("--out", required=True, help="the run's directory")
@@ -298,7 +301,7 @@ def _training_options(sub: argparse.ArgumentParser) -> None:
     add("--rate-lr", type=float, help="outer rate of the inner rates, with --learn-lr")
     add("--seed", type=int, help="decides initialisation and tasks (default: 0)")
     _evaluation_options(sub)
-    _run_options(sub, required=False)
+    add("--out", help="the run's directory (default: runs/TASK-METHOD, or runs/TASK-compare)")
     existing = sub.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on with the run in --out")
     existing.add_argument("--overwrite", action="store_true", help="replace the run in --out")
@@ -306,28 +309,35 @@ def _training_options(sub: argparse.ArgumentParser) -> None:
     add("--save-every", type=float, help="seconds between checkpoints (default: 30)")
 
 
-def _task_options(sub: argparse.ArgumentParser) -> None:
-    add = sub.add_argument
-    add("--task", help=", ".join(fewshot.TASKS))
-    add("--ways", type=int, help="classes per task (default: 5)")
-    add("--shots", type=int, help="support examples per class (default: 1; sinusoid: 10 points)")
-    add("--queries", type=int, help="query examples per class (default: 15; sinusoid: 10 points)")
-    add("--filters", type=int, help="filters of the Conv4 network (default: 32)")
-    add("--data-dir", help="the data of omniglot or folder (default: MIRROR_OPT_DATA)")
-    add("--task-options", help="further options of the task, such as split=background")
+def _task_options(sub: argparse.ArgumentParser, trained: bool = False) -> None:
+    add = _adder(sub, trained)
+    add("--task", "", ", ".join(fewshot.TASKS))
+    add("--ways", "5", "classes per task", type=int)
+    add("--shots", "1; sinusoid: 10 points", "support examples per class", type=int)
+    add("--queries", "15; sinusoid: 10 points", "query examples per class", type=int)
+    add("--filters", "32", "filters of the Conv4 network", type=int)
+    add("--data-dir", "MIRROR_OPT_DATA", "the data of omniglot or folder")
+    add("--task-options", "", "further options of the task, such as split=background")
 
 
-def _evaluation_options(sub: argparse.ArgumentParser) -> None:
-    add = sub.add_argument
-    add("--adapt-steps", help="step counts to evaluate after (default: 0,1,2,3,5,10)")
-    add("--test-tasks", type=int, help="new tasks to evaluate on")
-    add("--guard", help=f"step-size safeguard: {', '.join(GUARDS)} (auto: past the trained steps)")
-    add("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--threads", type=int, help="CPU threads (default: torch's); 1 for shared cores")
+def _evaluation_options(sub: argparse.ArgumentParser, trained: bool = False) -> None:
+    add = _adder(sub, trained)
+    add("--adapt-steps", "0,1,2,3,5,10", "step counts to evaluate after")
+    add("--test-tasks", "600; sinusoid: 500", "new tasks to evaluate on", type=int)
+    guards = ", ".join(GUARDS)
+    add("--guard", "auto", f"step-size safeguard: {guards}; auto: past the trained steps")
+    add("--threads", "torch's", "CPU threads; 1 for shared cores", type=int)
+    sub.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
 
 
-def _run_options(sub: argparse.ArgumentParser, required: bool) -> None:
-    sub.add_argument("--out", required=required, help="the run's directory (default: runs/...)")
+def _adder(sub: argparse.ArgumentParser, trained: bool) -> Callable[..., None]:
+    r"""Adds options with their default, which is that of the run where one is ``trained``."""
+
+    def add(name: str, default: str, help: str, **how: Any) -> None:
+        default = "the run's" if trained else default
+        sub.add_argument(name, help=f"{help} (default: {default})" if default else help, **how)
+
+    return add
 
 
 if __name__ == "__main__":

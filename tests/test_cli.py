@@ -4,6 +4,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from mirror_opt import cli, fewshot, maps
 from mirror_opt.cli import main
 
+evaluate_module = importlib.import_module("mirror_opt.runs.evaluate")
 train_module = importlib.import_module("mirror_opt.runs.train")  # its package has the function
 
 SMALL = [
@@ -38,6 +40,14 @@ def trained(tmp_path_factory):
     assert (
         main(["train", "--task", "glyphs", "--method", "mirror", *IMAGES, "--out", str(out)]) == 0
     )
+    return out
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sinusoid") / "run"
+    command = ["compare", "--task", "sinusoid", "--methods", "maml,anil", *SMALL]
+    assert main([*command, "--out", str(out)]) == 0
     return out
 
 
@@ -71,8 +81,9 @@ def fails(capsys, *arguments):
         ("--task sinusoid --map-options colour=3", "colour"),
         ("--task sinusoid --map-options terms=0", "terms"),
         ("--task sinusoid --ways 5", "no option ways"),
-        ("--task sinusoid --filters 8", "--filters 8: sinusoid has a network without filters"),
+        ("--task sinusoid --filters 8", "--filters 8: task sinusoid has no option filters"),
         ("--task sinusoid --shots 0", "shots is 0"),
+        ("--resume", "no run there to go on with; pass the --out of one"),
         ("--task sinusoid --task-options split=background", "no option split"),
         ("--task sinusoid --task-options queries=9", "option of its own; pass --queries"),
         ("--task sinusoid --task-options seed=1", "option of its own; pass --seed"),
@@ -94,7 +105,11 @@ def fails(capsys, *arguments):
         ("--task sinusoid --train-steps 0", "--train-steps 0: pass a number"),
         ("--task sinusoid --iterations 0", "--iterations 0: must be a whole number"),
         ("--task sinusoid --test-tasks 1", "--test-tasks 1: must be a whole number, at least 2"),
-        ("--task sinusoid --lr nan", "--lr nan: must be a finite number"),
+        ("--task sinusoid --lr nan", "--lr nan: must be a number from 0 to"),
+        ("--task sinusoid --learn-lr --rate-lr 1e300", "--rate-lr 1e+300: must be a number from"),
+        ("--task sinusoid --threads 3000000000", "--threads 3000000000: must be a whole number"),
+        ("--task sinusoid --save-every nan", "--save-every nan: pass a number of seconds"),
+        ("--task sinusoid --save-every -1", "--save-every -1.0: pass a number of seconds"),
         ("--task sinusoid --lr 0", "--lr 0"),
         ("--task sinusoid --guard maybe", "--guard maybe: unknown; choose from auto, on, off"),
         ("--task sinusoid --device tpu", "--device tpu: unknown"),
@@ -115,7 +130,13 @@ def test_wrong_input_to_train(tmp_path, capsys, monkeypatch, arguments, says):
 def test_wrong_input_to_compare(tmp_path, capsys):
     out = tmp_path / "out"
     command = ("compare", "--task", "sinusoid", "--out", out, "--methods")
-    assert "--method sgd: unknown" in fails(capsys, *command, "maml,sgd")
+    for methods, name in (("maml,sgd", "sgd"), ("maml,", "")):
+        line = fails(capsys, *command, methods)
+        assert f"--methods {methods}: {name!r} is unknown; choose from maml, " in line
+    line = fails(capsys, *command, "maml", "--save-every", "nan")
+    assert "--save-every nan: pass a number of seconds" in line
+    line = fails(capsys, "compare", "--resume", "--out", out)
+    assert f"{out}: no comparison there to go on with; pass the --out of one" in line
     assert "each once" in fails(capsys, *command, "maml,maml")
     assert not out.exists()
 
@@ -185,14 +206,6 @@ def test_damaged_and_absent_checkpoints(trained, tmp_path, capsys):
     assert "no such file" in fails(capsys, "evaluate", "--out", tmp_path / "nothing")
 
 
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory):
-    out = tmp_path_factory.mktemp("sinusoid") / "run"
-    command = ["compare", "--task", "sinusoid", "--methods", "maml,anil", *SMALL]
-    assert main([*command, "--out", str(out)]) == 0
-    return out
-
-
 def changed(source, target, name, change):
     """A copy of a run with one of its JSON files changed, and that file."""
     path = shutil.copytree(source, target) / name
@@ -226,10 +239,62 @@ def test_a_comparison_of_wrong_types(compared, tmp_path, capsys, methods):
         assert f"{path}: " in fails(capsys, *command, "--out", path.parent)
 
 
-@pytest.mark.parametrize("loss", [None, "text", ["text"]])
-def test_a_history_of_wrong_types(trained, tmp_path, capsys, loss):
-    path = changed(trained, tmp_path / "run", "history.json", lambda it: it.update(loss=loss))
-    assert f"{path}: its loss is not" in fails(capsys, "plot", "--out", path.parent)
+@pytest.mark.parametrize("text", ["[{", "{}", "[3]", '[{"method": "maml"}]'])
+def test_damaged_results(trained, compared, tmp_path, capsys, monkeypatch, text):
+    for number, (source, command) in enumerate([(trained, "train"), (compared, "compare")]):
+        out = shutil.copytree(source, tmp_path / str(number))
+        (out / "results.json").write_text(text)
+        with monkeypatch.context() as patch:  # told before any work is done
+            patch.setattr(evaluate_module, "evaluate", None)
+            patch.setattr(train_module, "_loop", None)
+            for options in (("evaluate",), (command, "--resume")):
+                line = fails(capsys, *options, "--out", out)
+                assert f"{out / 'results.json'}: " in line
+                assert line.endswith("; restore it, or remove it and evaluate again")
+        (out / "results.json").unlink()
+        assert run("evaluate", "--out", out) == 0
+        capsys.readouterr()
+
+
+def test_a_run_that_is_not_finished(trained, tmp_path, capsys):
+    out = shutil.copytree(trained, tmp_path / "run")
+    for name in ("results.json", "history.json", *(path.name for path in out.glob("*.png"))):
+        (out / name).unlink()
+    assert run("plot", "--out", out) == 0
+    names = ["training.png", "map.png", "episodes.png"]
+    assert capsys.readouterr().out.split() == [str(out / name) for name in names]
+    (out / "checkpoint.pt").unlink()
+    for command in ("plot", "evaluate"):
+        line = fails(capsys, command, "--out", out)
+        assert line.endswith(
+            f"{out / 'checkpoint.pt'}: no checkpoint there, the run is not trained yet; "
+            f"go on with: mirror-opt train --out {out} --resume"
+        )
+
+
+def test_a_comparison_that_is_not_finished(compared, tmp_path, capsys):
+    out = shutil.copytree(compared, tmp_path / "run")
+    (out / "anil" / "checkpoint.pt").unlink()
+    rows = (out / "results.json").read_bytes()
+    for command in ("plot", "evaluate"):
+        line = fails(capsys, command, "--out", out)
+        assert line.endswith(
+            f"anil is not trained yet; go on with: mirror-opt compare --out {out} --resume"
+        )
+    assert (out / "results.json").read_bytes() == rows
+
+
+def test_every_step_shown_diverged(tmp_path):
+    options = [*SMALL, "--lr", "1e30", "--guard", "off", "--adapt-steps", "1,2"]
+    out = tmp_path / "run"
+    assert run("train", "--task", "sinusoid", "--method", "maml", *options, "--out", out) == 0
+    assert {row["mean"] for row in json.loads((out / "results.json").read_text())} == {None}
+    assert (out / "adaptation.png").exists()
+
+
+def test_an_option_of_another_command(capsys):
+    line = fails(capsys, "evaluate", "--out", "run", "--seed", "3")
+    assert line.endswith("unrecognized arguments: --seed 3 (see: mirror-opt evaluate --help)")
 
 
 def test_other_data_for_a_folder_run(image_folder, tmp_path, capsys):
@@ -395,3 +460,14 @@ def test_help_and_version(capsys):
     out = capsys.readouterr().out
     for option in ("--methods", "--ways", "--train-steps", "--adapt-steps", "--resume"):
         assert option in out
+
+
+def test_help_of_evaluate_states_no_default_of_training(capsys):
+    assert run("train", "--help") == 0
+    assert "classes per task (default: 5)" in " ".join(capsys.readouterr().out.split())
+    assert run("evaluate", "--help") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for option in ("--ways WAYS classes per task", "--test-tasks TEST_TASKS new tasks to evaluate"):
+        assert option in out
+    assert "classes per task (default: the run's)" in out
+    assert set(re.findall(r"\(default: (.*?)\)", out)) == {"the run's", "auto"}

@@ -137,6 +137,40 @@ def test_a_changed_image_is_read_again(folder):
     assert after.sample("test", 0, 1).query_x.max() == 0
 
 
+def test_the_fingerprint_is_of_the_content(folder, image_folder, tmp_path):
+    def fingerprint(root):
+        found = ImageFolder(**SMALL, data_dir=root).fingerprint
+        assert len(found) == 12
+        return found
+
+    assert fingerprint(folder) == fingerprint(image_folder)
+    image = folder / "val" / "val-1" / "3.png"
+    (tmp_path / "zip").mkdir()
+    for split in ("train", "val", "test"):
+        pack(folder / split, tmp_path / "zip" / f"{split}.zip")
+    assert fingerprint(tmp_path / "zip") == fingerprint(image_folder)
+    os.utime(image, (0, 0))
+    assert fingerprint(folder) == fingerprint(image_folder)
+    first, second = (encode(np.full((16, 16, 3), grey, np.uint8), "BMP") for grey in (1, 2))
+    assert len(first) == len(second)
+    image.write_bytes(first)
+    one = fingerprint(folder)
+    image.write_bytes(second)
+    assert len({one, fingerprint(folder), fingerprint(image_folder)}) == 3
+
+
+def test_the_fingerprint_is_of_the_split_too(flat):
+    found = set()
+    for last in ("train", "test"):
+        named = {
+            split: [f"{split}-{label}" for label in range(5)] for split in ("train", "val", "test")
+        }
+        named[last].append("val-5")
+        (flat / "splits.json").write_text(json.dumps(named))
+        found.add(ImageFolder(**SMALL, data_dir=flat).fingerprint)
+    assert len(found) == 2
+
+
 def test_absent_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("MIRROR_OPT_DATA", raising=False)
     with pytest.raises(InputError, match=r"pass it as data_dir \(--data-dir\) or MIRROR_OPT_DATA"):

@@ -60,6 +60,7 @@ def test_folders_are_read_as_the_zip_files_are(omniglot_folder, tmp_path):
     one, other = (Omniglot(**SMALL, data_dir=place) for place in (omniglot_folder, tmp_path))
     for x, y in zip(one.sample("test", 0, 4), other.sample("test", 0, 4), strict=True):
         assert torch.equal(x, y)
+    assert one.fingerprint == other.fingerprint
 
 
 def test_ink_is_one(tmp_path):

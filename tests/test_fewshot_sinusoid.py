@@ -27,3 +27,4 @@ def test_regression_has_no_ways():
     family = Sinusoid()
     assert (family.ways, family.shots, family.metric) == (None, 10, "mse")
     assert family.splits == ("train", "val", "test")
+    assert family.fingerprint is None  # no data that could be other data

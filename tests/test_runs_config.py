@@ -42,15 +42,20 @@ def test_a_field_of_a_wrong_type(name):
         ("method", ["mirror"], "--method ['mirror']: must be a text"),
         ("method", "adam", "--method adam: unknown; choose from maml"),
         ("task", "sudoku", "--task sudoku: unknown; choose from sinusoid"),
-        ("adapt_steps", 3, "--adapt-steps 3: must be a list of whole numbers"),
-        ("adapt_steps", [1, "2"], "--adapt-steps (1, '2'): must be a list of whole numbers"),
+        ("adapt_steps", 3, "--adapt-steps 3: pass step counts"),
+        ("adapt_steps", [1, 2.5], "--adapt-steps 1,2.5: pass step counts"),
+        ("adapt_steps", [True], "--adapt-steps true: pass step counts"),
         ("adapt_steps", [], "--adapt-steps : pass step counts"),
-        ("adapt_steps", [5, 1], "--adapt-steps (5, 1): pass (1, 5)"),
-        ("train_steps", "5", "--train-steps '5': pass 5"),
         ("train_steps", "five", "--train-steps five: pass a number of inner steps"),
         ("map_options", {"colour": 3}, "--map-options colour=3: map separable has no option"),
         ("map_options", {3: 4}, "--map-options {3: 4}: must be a set of options"),
         ("map_options", {"rho": [0.5]}, "--map-options rho=[0.5]: must be a number"),
+        ("ways", 5, "--ways 5: task sinusoid has no option ways; drop --ways"),
+        ("filters", 8, "--filters 8: task sinusoid has no option filters; drop --filters"),
+        ("data_dir", "/data", "--data-dir /data: task sinusoid has no option data_dir"),
+        ("threads", 1025, "--threads 1025: must be a whole number, from 1 to 1024"),
+        ("lr", 1e31, "--lr 1e+31: must be a number from 0 to 1e+30"),
+        ("map_lr", float("inf"), "--map-lr inf: must be a number from 0 to 1e+30"),
         ("rate_lr", 0.1, "--rate-lr 0.1: the inner rates are not learned; pass --learn-lr"),
     ],
 )
@@ -70,7 +75,29 @@ def test_missing_and_unknown_fields():
     assert "iterations" in refused(values)
 
 
-def test_a_config_of_before_rates_could_be_learned():
-    values = CONFIGS[0].to_dict() | {"rate_lr": 0.01}
-    del values["learn_lr"]
-    assert RunConfig.from_dict(values, "here") == CONFIGS[0]
+def test_steps_are_kept_in_one_spelling():
+    config = dataclasses.replace(CONFIGS[0], adapt_steps=[5, 1, 1], train_steps="5-5")
+    assert (config.adapt_steps, config.train_steps) == ((1, 5), 5)
+
+
+def test_options_of_map_and_task_are_kept_in_full():
+    assert CONFIGS[1].task_options == {"split": "background", "validation": 0, "rotations": True}
+    values = CONFIGS[1].to_dict() | {"task_options": {"split": "background"}}
+    assert RunConfig.from_dict(values, "here") == CONFIGS[1]
+    assert CONFIGS[0].map_options.items() > {"rho": 0.5}.items()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"task_options": "split=standard"}, "split=standard: the run in here has split=back"),
+        ({"task_options": "colour=3"}, "--task-options colour=3: task omniglot has no option colo"),
+        ({"map_options": "terms=1"}, "--map-options terms=1: --method maml has its own geometry"),
+        ({"learn_lr": False}, "--learn-lr false: the run in here has true"),
+    ],
+)
+def test_options_that_a_resumed_run_has_not(given, says):
+    CONFIGS[1].check_same({"task_options": "rotations=true,split=background"}, "here")
+    with pytest.raises(InputError) as caught:
+        CONFIGS[1].check_same(given, "here")
+    assert says in str(caught.value)

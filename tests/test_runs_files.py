@@ -147,36 +147,20 @@ def test_json_that_cannot_be_read_names_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("config.json", {"methods": []}),
-        ("config.json", {"methods": {}}),
-        ("config.json", {"methods": {"maml": 3}}),
-        ("history.json", {}),
-        ("history.json", {"loss": 3}),
-        ("history.json", {"loss": []}),
-        ("history.json", {"loss": [1.0, "2"]}),
-        ("history.json", {"loss": [True]}),
-        ("history.json", {"loss": [float("inf")]}),
-    ],
+    "methods", [[], {}, {"maml": 3}, {"maml": {}, "anil": None}, ["maml"], None]
 )
-def test_a_config_or_a_history_of_a_wrong_form(tmp_path, name, value):
-    (tmp_path / name).write_text(json.dumps(value))
-    with pytest.raises(InputError, match=rf"{name}: its .*; restore it or train again"):
-        directory.read_json(tmp_path / name, dict)
+def test_configs_of_a_wrong_form(tmp_path, methods):
+    (tmp_path / "config.json").write_text(json.dumps({"methods": methods}))
+    with pytest.raises(InputError, match=r"config\.json: its .*; restore it or train again"):
+        directory.read_configs(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("config.json", {"task": "sinusoid"}),
-        ("config.json", {"methods": {"maml": {"task": "sinusoid"}}}),
-        ("history.json", {"loss": [1.5, None, 2], "skipped": 1}),
-    ],
-)
-def test_a_config_or_a_history_of_the_right_form(tmp_path, name, value):
-    directory.write_json(tmp_path / name, value)
-    assert directory.read_json(tmp_path / name, dict) == value
+def test_configs_by_the_directory_of_their_run(tmp_path):
+    run, methods = {"task": "sinusoid"}, {"maml": {"task": "sinusoid"}, "anil": {}}
+    directory.write_json(tmp_path / "config.json", run)
+    assert directory.read_configs(tmp_path) == {"": run}
+    directory.write_json(tmp_path / "config.json", {"methods": methods})
+    assert directory.read_configs(tmp_path) == methods
 
 
 def test_a_failed_write_names_the_file_that_was_to_be(tmp_path):

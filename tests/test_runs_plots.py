@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import LineCollection
 from PIL import Image
 
 from mirror_opt import maps
@@ -121,6 +122,19 @@ def test_adaptation_marks_what_diverged_and_tells_guards_apart():
     assert axes.get_yscale() == "log"
     assert axes.get_xscale() == "symlog"
     assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "1", "100"]
+
+
+def test_bands_of_few_lines_and_bars_of_many():
+    for seeds, beside in ((4, False), (5, True)):
+        rows = [row(adapt_steps=s, mean=2.0 - s, seed=i) for i in range(seeds) for s in (0, 1)]
+        figure = plots.adaptation(rows)
+        (axes,) = figure.axes
+        bars = [c for c in axes.collections if isinstance(c, LineCollection)]
+        assert len(axes.collections) == seeds
+        assert len(bars) == (seeds if beside else 0)
+        assert (axes.get_legend() is None) == bool(figure.legends) == beside
+        (legend,) = figure.legends or [axes.get_legend()]
+        assert len(legend.get_texts()) == seeds
 
 
 def test_accuracy_is_in_percent():

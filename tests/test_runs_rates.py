@@ -84,4 +84,4 @@ def test_rates_are_part_of_what_a_run_is(tmp_path, capsys):
     assert main([*command, "--out", str(out)]) == 0
     capsys.readouterr()
     assert main(["compare", "--out", str(out), "--resume", "--learn-lr"]) == 2
-    assert f"--learn-lr True: the run in {out} has False" in capsys.readouterr().err
+    assert f"--learn-lr true: the run in {out} has false" in capsys.readouterr().err

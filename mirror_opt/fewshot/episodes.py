@@ -62,6 +62,9 @@ class Episodes:
 class TaskFamily(ABC):
     r"""A distribution of tasks with disjoint train, validation and test parts.
 
+    ``fingerprint`` names the data that tasks are drawn from, wherever it lies; None for families
+    that read none.
+
     Arguments:
         ways: The number of classes in a task; None for regression.
         shots: The number of support examples, of each class where there are classes.
@@ -74,6 +77,7 @@ class TaskFamily(ABC):
 
     name: ClassVar[str]
     metric: ClassVar[str]
+    fingerprint: str | None = None
     input_shape: tuple[int, ...]
     output_size: int
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from mirror_opt.errors import InputError
 from mirror_opt.fewshot.episodes import SPLITS, ImageSet, ImageTasks
-from mirror_opt.fewshot.images import ImageFile, inspect, list_images, read_images
+from mirror_opt.fewshot.images import ImageFile, fingerprint, inspect, list_images, read_images
 
 __all__ = ["ImageFolder"]
 
@@ -69,6 +69,12 @@ class ImageFolder(ImageTasks):
             raise InputError(f"image_size is {size!r}: pass the side of the images in pixels")
         sets = {split: _read(classes, size, channels) for split, classes in splits.items()}
         super().__init__(sets, ways=ways, shots=shots, queries=queries, seed=seed)
+        groups = {
+            f"{split}/{label}": images
+            for split, classes in splits.items()
+            for label, images in classes.items()
+        }
+        self.fingerprint = fingerprint(groups)
 
 
 def _root(data_dir: str | os.PathLike | None) -> Path:

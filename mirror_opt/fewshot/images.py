@@ -4,7 +4,8 @@ import logging
 import os
 import stat
 import zipfile
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BytesIO
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from mirror_opt.errors import InputError
 from mirror_opt.fewshot.cache import cached_array, digest
 
-__all__ = ["ImageFile", "inspect", "list_images", "read_images"]
+__all__ = ["ImageFile", "fingerprint", "inspect", "list_images", "read_images"]
 
 _FORMAT = 1  # of the cached arrays: change it with anything here that decides their content
 # What Pillow would log of a damaged image, its exception says too.
@@ -111,6 +112,34 @@ def read_images(
     content = [(file.name, *file.stamp) for file in files]
     stamp = digest(_FORMAT, PIL.__version__, size, channels, invert, content)
     return cached_array(f"images-{stamp}.npy", lambda: _decode(files, size, channels, invert))
+
+
+def fingerprint(groups: Mapping[str, Sequence[ImageFile]]) -> str:
+    r"""Twelve digits that name images by their groups, names and contents, wherever they lie.
+
+    The order counts, because tasks are drawn by it. Files are read once, and their checksums kept
+    in the cache; a zip file has them already.
+
+    Raises:
+        InputError: an image that cannot be read, or a cache folder that cannot be written.
+    """
+    files = [file for group in groups.values() for file in group]
+    content = [(file.name, *file.stamp) for file in files]
+    checksums = cached_array(
+        f"checksums-{digest(_FORMAT, content)}.npy",
+        lambda: np.array([_checksum(file) for file in files], dtype=np.uint32),
+    )
+    names = {name: [(file.name, file.stamp[0]) for file in group] for name, group in groups.items()}
+    return digest(names, checksums.tolist())[:12]
+
+
+def _checksum(file: ImageFile) -> int:
+    if file.member is not None:
+        return file.stamp[1]
+    try:
+        return zlib.crc32(file.path.read_bytes())
+    except OSError as error:
+        raise _unreadable(file, error) from error
 
 
 def _decode(files: Sequence[ImageFile], size: int, channels: int, invert: bool) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from mirror_opt.errors import InputError
 from mirror_opt.fewshot.cache import cache_dir
 from mirror_opt.fewshot.episodes import ImageSet, ImageTasks
-from mirror_opt.fewshot.images import ImageFile, list_images, read_images
+from mirror_opt.fewshot.images import ImageFile, fingerprint, list_images, read_images
 from mirror_opt.files import atomic_write
 
 __all__ = ["CHECKSUMS", "SOURCE", "Omniglot", "download"]
@@ -118,6 +118,7 @@ class Omniglot(ImageTasks):
         super().__init__(
             sets, ways=ways, shots=shots, queries=queries, seed=seed, rotations=rotations
         )
+        self.fingerprint = fingerprint({"": list(files.values())})
 
     def _absent(self, split: str) -> str:
         hint = "; pass validation=N to keep N training characters for it" if split == "val" else ""

@@ -10,8 +10,8 @@ from mirror_opt import meta
 from mirror_opt.errors import InputError
 from mirror_opt.runs import results
 from mirror_opt.runs.config import RunConfig, build
-from mirror_opt.runs.directory import CONFIG, RESULTS, check_free, clear, read_json, write_json
-from mirror_opt.runs.train import train
+from mirror_opt.runs.directory import CONFIG, RESULTS, check_free, clear, read_configs, write_json
+from mirror_opt.runs.train import check_save_every, train
 
 __all__ = ["METHODS", "compare", "open_comparison"]
 
@@ -46,22 +46,30 @@ def open_comparison(
     """
     out = Path(out)
     if resume and (out / CONFIG).exists():
-        values = read_json(out / CONFIG, dict)
-        if "methods" not in values:
+        stored = read_configs(out)
+        if "" in stored:
             raise InputError(f"{out}: holds a run of one method; use `mirror-opt train --resume`")
-        if methods is not None and set(methods) != set(values["methods"]):
+        if methods is not None and set(methods) != set(stored):
             raise InputError(
                 f"--methods {','.join(methods)}: the comparison in {out} has "
-                f"{','.join(values['methods'])}; drop --methods to resume it, or pass another --out"
+                f"{','.join(stored)}; drop --methods to resume it, or pass another --out"
             )
-        configs = [RunConfig.from_dict(one, out / CONFIG) for one in values["methods"].values()]
+        configs = [RunConfig.from_dict(one, out / CONFIG) for one in stored.values()]
         for config in configs:
             config.check_same(_for(config.method, given), out)
         moved = {"data_dir": given["data_dir"]} if "data_dir" in given else {}
         return [dataclasses.replace(config, **moved) for config in configs]
+    if resume and "task" not in given:
+        raise InputError(f"{out}: no comparison there to go on with; pass the --out of one")
     if resume:
         _log.warning("%s: no comparison to go on with, starting one", out)
     methods = METHODS if methods is None else methods
+    for name in methods:
+        if name not in meta.METHODS:
+            raise InputError(
+                f"--methods {','.join(methods)}: {name!r} is unknown; choose from "
+                f"{', '.join(meta.METHODS)}"
+            )
     if not overwrite:
         for directory in (out, *(out / name for name in methods)):
             check_free(directory)
@@ -92,8 +100,12 @@ def compare(
         The rows of all methods.
     """
     out = Path(out)
+    check_save_every(save_every)
     for config in configs:  # a mistake in the last method shows before the first is trained
         build(config, download=download)
+    if not overwrite:  # and a damaged file before the work is done
+        for directory in (out, *(out / config.method for config in configs)):
+            results.stored(directory / RESULTS)
     if overwrite:
         for directory in (*(out / name for name in meta.METHODS), out):
             clear(directory)
@@ -101,7 +113,8 @@ def compare(
     rows = []
     for config in configs:
         rows += train(config, out / config.method, save_every=save_every)
-    return results.merge(out / RESULTS, rows)
+    results.merge(out / RESULTS, rows)
+    return rows
 
 
 def _for(method: str, given: dict[str, Any]) -> dict[str, Any]:

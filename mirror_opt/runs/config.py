@@ -1,6 +1,7 @@
 r"""What defines a run: every option, its default and its check, and the objects they stand for."""
 
 import dataclasses
+import inspect
 import math
 import os
 import reprlib
@@ -17,13 +18,23 @@ from mirror_opt.errors import InputError
 from mirror_opt.fewshot import TaskFamily
 from mirror_opt.meta import MetaLearner
 from mirror_opt.runs import options
-from mirror_opt.runs.options import READERS, check_further, check_type, further, option, shown
+from mirror_opt.runs.options import READERS, check_further, check_type, option, shown
 
 __all__ = ["GUARDS", "RunConfig", "build"]
 
 GUARDS: dict[str, str | bool] = {"auto": "auto", "on": True, "off": False}
 
 _RATES = ("lr", "init_lr", "map_lr", "rate_lr")
+_LARGEST_RATE = 1e30  # ten times it, Adam's first step, is a float32 still
+# Of whole numbers the least and the most.
+_BOUNDS = {
+    "iterations": (1, math.inf),
+    "tasks_per_batch": (1, math.inf),
+    "test_tasks": (2, math.inf),
+    "seed": (0, math.inf),
+    "threads": (1, 1024),  # more, and the process may not get them
+}
+_PAIRS = ("map_options", "task_options")
 # Parameters of a task that have a field of their own, or are no part of what a run is.
 _FIELDS_OF_TASK = ("ways", "shots", "queries", "seed", "data_dir", "download")
 _IMAGES = {
@@ -55,7 +66,8 @@ class RunConfig:
     ``train_steps`` is the number of inner steps trained through, ``"lo-hi"`` for a random one;
     ``lr`` is the inner step size alpha, of all steps or (``learn_lr``) where a learned one of each
     step starts; ``init_lr``, ``map_lr`` and ``rate_lr`` are the outer rates of the initialisation,
-    the map and learned inner rates (0 where none are learned).
+    the map and learned inner rates (0 where none are learned). Steps are kept in one spelling, and
+    ``map_options`` and ``task_options`` in full, with the defaults of those that are not given.
     """
 
     task: str
@@ -102,74 +114,80 @@ class RunConfig:
             raise InputError(f"--task: missing; choose from {', '.join(fewshot.TASKS)}")
         _choice("task", task, fewshot.TASKS)
         _choice("method", method, meta.METHODS)
-        defaults: dict[str, Any] = dict(_SINUSOID if task == "sinusoid" else _IMAGES)
         rates = meta.defaults(method, task)
-        defaults |= {name: getattr(rates, name) for name in _RATES}
+        values: dict[str, Any] = {
+            **(_SINUSOID if task == "sinusoid" else _IMAGES),
+            **{name: getattr(rates, name) for name in _RATES},
+            "map": "kronecker" if method == "mirror" else None,
+            "device": "auto",
+        }
         if not given.get("learn_lr"):
-            defaults["rate_lr"] = 0.0
-        defaults["device"] = "auto"
-        if method == "mirror":
-            defaults["map"] = "kronecker"
-        values = defaults | given
-        for name, read in READERS.items():
-            if name in values:
-                values[name] = read(values[name])
-        if method == "mirror" and values["map"] in maps.REGISTRY:
-            # In full, so that a run outlives a change of the map's defaults.
-            defaults = {key: p.default for key, p in further(maps.REGISTRY[values["map"]]).items()}
-            values["map_options"] = defaults | values.get("map_options", {})
+            values["rate_lr"] = 0.0
+        values |= given
+        values["device"] = options.device(values["device"])
         if values.get("data_dir") is not None:
             values["data_dir"] = os.fspath(values["data_dir"])
         return cls(task=task, method=method, **values)
 
     def __post_init__(self) -> None:
+        for name in ("train_steps", "adapt_steps", *_PAIRS):
+            object.__setattr__(self, name, READERS[name](getattr(self, name)))
         for name, hint in typing.get_type_hints(RunConfig).items():
             value = getattr(self, name)
             check_type(f"{option(name)} {reprlib.repr(value)}", value, hint)
         _choice("task", self.task, fewshot.TASKS)
         _choice("method", self.method, meta.METHODS)
-        if self.task == "sinusoid" and self.filters is not None:
-            raise InputError(
-                f"--filters {self.filters}: sinusoid has a network without filters; "
-                "drop --filters, or pass an image task"
-            )
-        least = {"iterations": 1, "tasks_per_batch": 1, "test_tasks": 2, "seed": 0}
-        if self.threads is not None:
-            least["threads"] = 1
-        for name, bound in least.items():
+        _choice("guard", self.guard, GUARDS)
+        for name, (least, most) in _BOUNDS.items():
             value = getattr(self, name)
-            if value < bound:
-                raise InputError(
-                    f"{option(name)} {value}: must be a whole number, at least {bound}"
-                )
+            if value is not None and not least <= value <= most:
+                bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+                raise InputError(f"{option(name)} {value}: must be a whole number, {bounds}")
         for name in _RATES:
             value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise InputError(f"{option(name)} {value}: must be a finite number, at least 0")
+            if not 0 <= value <= _LARGEST_RATE:
+                raise InputError(
+                    f"{option(name)} {value}: must be a number from 0 to {_LARGEST_RATE:g}"
+                )
         if self.lr == 0:
             raise InputError("--lr 0: adaptation would not move; pass a step size above 0")
         if self.rate_lr and not self.learn_lr:
             raise InputError(
                 f"--rate-lr {self.rate_lr}: the inner rates are not learned; pass --learn-lr too"
             )
-        for name in ("train_steps", "adapt_steps"):
-            value, read = getattr(self, name), READERS[name](getattr(self, name))
-            if value != read:
-                raise InputError(f"{option(name)} {value!r}: pass {read!r}")
-        _choice("guard", self.guard, GUARDS)
+        family = fewshot.TASKS[self.task]
+        taken = {*inspect.signature(family).parameters, *inspect.signature(family.model).parameters}
+        for name in ("ways", "filters", "data_dir"):
+            value = getattr(self, name)
+            if value is not None and name not in taken:
+                raise InputError(
+                    f"{option(name)} {value}: task {self.task} has no option {name}; "
+                    f"drop {option(name)}, or pass another --task"
+                )
         if self.method == "mirror":
             _choice("map", self.map, maps.REGISTRY)
-            mirror_map = maps.REGISTRY[str(self.map)]
-            check_further("map_options", self.map_options, mirror_map, f"map {self.map}")
-        elif self.map is not None or self.map_options:
-            name = "map_options" if self.map is None else "map"
-            raise InputError(
-                f"{option(name)} {shown(getattr(self, name))}: --method {self.method} has its own "
-                "geometry; pass it with --method mirror"
-            )
-        family = fewshot.TASKS[self.task]
-        owner = f"task {self.task}"
-        check_further("task_options", self.task_options, family, owner, _FIELDS_OF_TASK)
+        elif self.map is not None:
+            raise InputError(self._no_map("map", self.map))
+        # In full, so that a run outlives a change of the defaults.
+        for name in _PAIRS:
+            object.__setattr__(self, name, self._further(name, getattr(self, name)))
+
+    def _further(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
+        r"""The pairs ``given`` as the option ``name``, checked, and the defaults of the others."""
+        if name == "task_options":
+            owner, function = f"task {self.task}", fewshot.TASKS[self.task]
+            return check_further(name, given, function, owner, _FIELDS_OF_TASK)
+        if self.map is not None:
+            return check_further(name, given, maps.REGISTRY[self.map], f"map {self.map}")
+        if given:
+            raise InputError(self._no_map(name, given))
+        return {}
+
+    def _no_map(self, name: str, value: Any) -> str:
+        return (
+            f"{option(name)} {shown(value)}: --method {self.method} has its own geometry; "
+            "pass it with --method mirror"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         r"""Plain values, for JSON and for checkpoints."""
@@ -185,10 +203,6 @@ class RunConfig:
         remedy = "restore it or train again"
         if not isinstance(values, dict):
             raise InputError(f"{source}: holds {reprlib.repr(values)} for a config; {remedy}")
-        if isinstance(steps := values.get("adapt_steps"), list):
-            values = values | {"adapt_steps": tuple(steps)}
-        if "learn_lr" not in values:  # of before rates could be learned, when theirs was unused
-            values = values | {"rate_lr": 0.0}
         try:
             return cls(**values)
         except InputError as error:
@@ -208,7 +222,8 @@ class RunConfig:
             value: Any = READERS[name](text) if name in READERS else text
             own: Any = getattr(self, name)
             if isinstance(own, dict):  # options are given in part
-                own = {key: own.get(key) for key in value}
+                self._further(name, value)
+                own = {key: own[key] for key in value}
             if name != "data_dir" and value != own:
                 raise InputError(
                     f"{option(name)} {shown(value)}: the run in {where} has "

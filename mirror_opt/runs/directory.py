@@ -1,7 +1,6 @@
 r"""A run's directory: the names of its files, and reading and writing them."""
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ __all__ = [
     "RESULTS",
     "check_free",
     "clear",
+    "read_configs",
     "read_json",
     "write_bytes",
     "write_json",
@@ -26,6 +26,7 @@ CONFIG = "config.json"
 RESULTS = "results.json"
 HISTORY = "history.json"
 CHECKPOINT = "checkpoint.pt"
+_REMEDY = "restore it or train again"
 PLOTS = ("adaptation.png", "training.png", "map.png", "episodes.png", "fits.png")
 
 
@@ -49,16 +50,18 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_bytes(path, text.encode())
 
 
-def read_json(path: str | os.PathLike, kind: type) -> Any:
+def read_json(path: str | os.PathLike, kind: type, remedy: str = _REMEDY) -> Any:
     r"""Reads a JSON file whose top level is of the type ``kind`` (``dict`` or ``list``).
 
-    A run's config and history are held to what their readers rely on.
+    Args:
+        path: the file.
+        kind: the type.
+        remedy: what to do about a file that is damaged, in messages.
 
     Raises:
         InputError: the file is absent, cannot be read, is no JSON, or holds something else.
     """
     path = Path(path)
-    remedy = "restore it or train again"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -71,31 +74,28 @@ def read_json(path: str | os.PathLike, kind: type) -> Any:
         raise InputError(
             f"{path}: holds a JSON {type(value).__name__} where a {kind.__name__} belongs; {remedy}"
         )
-    if path.name == CONFIG and not _has_configs(value):
-        raise InputError(f"{path}: its methods are not a config for each; {remedy}")
-    if path.name == HISTORY and not _has_losses(value):
-        raise InputError(f"{path}: its loss is not a list of numbers and nulls; {remedy}")
     return value
 
 
-def _has_configs(config: Any) -> bool:
-    r"""Whether a comparison has the configs of its methods; what is in them, RunConfig checks."""
-    methods = config.get("methods", {"": {}})
-    return (
-        isinstance(methods, dict)
-        and len(methods) > 0
-        and all(isinstance(one, dict) for one in methods.values())
-    )
+def read_configs(out: str | os.PathLike) -> dict[str, dict[str, Any]]:
+    r"""The configs in ``out``, by the directory in it that is the run's: a method, or ``""``.
+
+    A run of one method has its config under ``""``, a comparison has one for each method. What is
+    in a config, ``RunConfig.from_dict`` checks.
+
+    Raises:
+        InputError: the file is absent, cannot be read, or holds something else.
+    """
+    path = Path(out) / CONFIG
+    found = read_json(path, dict)
+    configs = found.get("methods", {"": found})
+    if not (configs and isinstance(configs, dict) and all(map(_is_dict, configs.values()))):
+        raise InputError(f"{path}: its methods are not a config for each; {_REMEDY}")
+    return configs
 
 
-def _has_losses(history: Any) -> bool:
-    losses = history.get("loss")
-    return isinstance(losses, list) and len(losses) > 0 and all(map(_is_loss, losses))
-
-
-def _is_loss(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value is None or (is_number and math.isfinite(value))
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def check_free(out: str | os.PathLike) -> None:

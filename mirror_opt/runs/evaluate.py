@@ -2,6 +2,7 @@ r"""Evaluation: a learner on tasks unseen in training, after each number of adap
 
 import dataclasses
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from mirror_opt.fewshot import TaskFamily
 from mirror_opt.meta import MetaLearner
 from mirror_opt.runs import checkpoint, results
 from mirror_opt.runs.config import GUARDS, RunConfig, build
-from mirror_opt.runs.directory import CHECKPOINT, CONFIG, RESULTS, read_json
-from mirror_opt.runs.options import option
+from mirror_opt.runs.directory import CHECKPOINT, RESULTS, read_configs
+from mirror_opt.runs.options import option, pairs
 
 __all__ = ["OVERRIDES", "evaluate", "evaluate_run", "load_run", "method_dirs"]
 
@@ -102,6 +103,8 @@ def load_run(
     values["device"] = "auto"  # a run may be evaluated where its own device is not
     if given.get("task", stored.task) != stored.task:
         values |= {"data_dir": None, "task_options": {}}
+    if "task_options" in given:  # in part
+        given["task_options"] = values["task_options"] | pairs(given["task_options"])
     config = RunConfig.create(**values | given)
     task, learner = build(config)
     checkpoint.restore(path, learner, state["learner"], "model")
@@ -109,11 +112,22 @@ def load_run(
 
 
 def method_dirs(out: str | os.PathLike) -> list[Path]:
-    r"""``[out]`` for a run of one method, the methods' directories for a comparison."""
-    found = read_json(Path(out) / CONFIG, dict)
-    if "methods" not in found:
-        return [Path(out)]
-    return [Path(out) / method for method in found["methods"]]
+    r"""``[out]`` for a run of one method, the methods' directories for a comparison.
+
+    Raises:
+        InputError: no run there, or one of them has no checkpoint yet.
+    """
+    out = Path(out)
+    methods = list(read_configs(out))
+    for method in methods:
+        if not (out / method / CHECKPOINT).exists():
+            what, command = (method, "compare") if method else ("the run", "train")
+            resume = shlex.join(["mirror-opt", command, "--out", str(out), "--resume"])
+            raise InputError(
+                f"{out / method / CHECKPOINT}: no checkpoint there, {what} is not trained yet; "
+                f"go on with: {resume}"
+            )
+    return [out / method for method in methods]
 
 
 def evaluate_run(out: str | os.PathLike, given: dict[str, Any]) -> list[dict[str, Any]]:
@@ -126,10 +140,12 @@ def evaluate_run(out: str | os.PathLike, given: dict[str, Any]) -> list[dict[str
     Returns:
         The new rows.
     """
+    # What is damaged or does not fit shows before the work is done.
+    loaded = [load_run(directory, given) for directory in method_dirs(out)]
+    results.stored(Path(out) / RESULTS)
     new = []
-    for directory in method_dirs(out):
-        config, task, learner, state = load_run(directory, given)
+    for config, task, learner, state in loaded:
         trace = evaluate(learner, task, config)
-        new += results.rows(config, task.metric, trace, state["iteration"], state["seconds"])
+        new += results.rows(config, task, trace, state["iteration"], state["seconds"])
     results.merge(Path(out) / RESULTS, new)
     return new

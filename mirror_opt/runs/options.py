@@ -17,7 +17,6 @@ __all__ = [
     "counted",
     "device",
     "fits",
-    "further",
     "option",
     "pairs",
     "shown",
@@ -39,10 +38,10 @@ def option(name: str) -> str:
 def shown(value: Any) -> str:
     r"""A value as a person would write it."""
     if isinstance(value, tuple | list):
-        return ",".join(str(part) for part in value)
+        return ",".join(shown(part) for part in value)
     if isinstance(value, dict):
-        return ",".join(f"{key}={part}" for key, part in value.items())
-    return str(value)
+        return ",".join(f"{key}={shown(part)}" for key, part in value.items())
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def counted(number: int | str, noun: str) -> str:
@@ -67,7 +66,7 @@ def train_steps(value: Any) -> int | str:
     """
     try:
         parts = value.split("-") if isinstance(value, str) else value
-        low, *rest = (int(part) for part in ([parts] if isinstance(parts, int) else parts))
+        low, *rest = (_whole(part) for part in ([parts] if isinstance(parts, int) else parts))
         (high,) = rest or [low]
     except (ValueError, TypeError):
         low = high = 0
@@ -91,7 +90,7 @@ def step_counts(value: Any) -> tuple[int, ...]:
     """
     try:
         parts = value.split(",") if isinstance(value, str) else value
-        steps = tuple(sorted({int(part) for part in parts}))
+        steps = tuple(sorted({_whole(part) for part in parts}))
     except (ValueError, TypeError):
         steps = ()
     if not steps or steps[0] < 0:
@@ -101,8 +100,8 @@ def step_counts(value: Any) -> tuple[int, ...]:
     return steps
 
 
-def pairs(value: Any) -> dict[str, Any]:
-    r"""``"terms=4,eps=0.1"`` as a dict with numbers and booleans read; a dict as it is.
+def pairs(value: Any) -> Any:
+    r"""``"terms=4,eps=0.1"`` as a dict with numbers and booleans read; what is no text, as it is.
 
     Raises:
         InputError: not a list of name=value pairs with distinct names.
@@ -111,10 +110,10 @@ def pairs(value: Any) -> dict[str, Any]:
         >>> pairs("terms=4,eps=0.1,sigma=tanh")
         {'terms': 4, 'eps': 0.1, 'sigma': 'tanh'}
     """
-    if isinstance(value, dict):
+    if not isinstance(value, str):
         return value
     found: dict[str, Any] = {}
-    for item in str(value).split(",") if value else ():
+    for item in value.split(",") if value else ():
         key, equals, text = item.partition("=")
         if not (key.isidentifier() and equals and text) or key in found:
             raise InputError(
@@ -203,19 +202,13 @@ def _wanted(hint: Any) -> str:
     return _NAMES.get(kind, kind.__name__)
 
 
-def further(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    r"""The parameters of a function or class that may be left out."""
-    parameters = inspect.signature(function, eval_str=True).parameters
-    return {name: p for name, p in parameters.items() if p.default is not p.empty}
-
-
 def check_further(
     name: str,
     given: dict[str, Any],
     function: Callable[..., Any],
     owner: str,
     elsewhere: Collection[str] = (),
-) -> None:
+) -> dict[str, Any]:
     r"""Holds options given as name=value pairs against the function that takes them.
 
     Args:
@@ -225,10 +218,15 @@ def check_further(
         owner: what the function makes, in messages.
         elsewhere: its parameters that have an option of their own.
 
+    Returns:
+        All that the function takes: what is given, and defaults for the rest.
+
     Raises:
         InputError: names the first pair that the function does not take.
     """
-    accepted = {key: p for key, p in further(function).items() if key not in elsewhere}
+    parameters = inspect.signature(function, eval_str=True).parameters
+    optional = {key: p for key, p in parameters.items() if p.default is not p.empty}
+    accepted = {key: p for key, p in optional.items() if key not in elsewhere}
     for key, value in given.items():
         pair = f"{option(name)} {key}={shown(value)}"
         if key in elsewhere:
@@ -239,6 +237,7 @@ def check_further(
                 f"pass {', '.join(accepted) or f'no {option(name)}'}"
             )
         check_type(f"{option(name)} {key}={value!r}", value, accepted[key].annotation)
+    return {key: p.default for key, p in accepted.items()} | given
 
 
 READERS = {
@@ -248,6 +247,13 @@ READERS = {
     "task_options": pairs,
     "device": device,
 }
+
+
+def _whole(value: Any) -> int:
+    r"""A whole number or its text; int would cut 1.5 and count True."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError
+    return int(value)
 
 
 def _scalar(text: str) -> int | float | bool | str:

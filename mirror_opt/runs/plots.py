@@ -18,13 +18,12 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
 from mirror_opt import fewshot
-from mirror_opt.errors import InputError
 from mirror_opt.fewshot import Episodes, TaskFamily
 from mirror_opt.maps import Profile
 from mirror_opt.meta import MetaLearner, NonFiniteLossError
 from mirror_opt.runs import results
 from mirror_opt.runs.config import GUARDS, RunConfig
-from mirror_opt.runs.directory import HISTORY, RESULTS, read_json, write_bytes
+from mirror_opt.runs.directory import RESULTS, write_bytes
 from mirror_opt.runs.evaluate import load_run, method_dirs
 from mirror_opt.runs.options import counted
 
@@ -63,14 +62,14 @@ def draw(out: str | os.PathLike, *, data_dir: str | os.PathLike | None = None) -
     r"""Draws every picture of the run or comparison in ``out``, and of the runs inside it.
 
     Args:
-        out: the directory, holding results and checkpoints.
+        out: the directory, holding checkpoints, and results unless nothing is evaluated yet.
         data_dir: where the task's data is, if not where it was.
 
     Returns:
         The files written.
 
     Raises:
-        InputError: rows, checkpoint or data are absent or damaged.
+        InputError: checkpoint or data are absent, or they or the rows are damaged.
     """
     out = Path(out)
     directories = method_dirs(out)
@@ -79,19 +78,12 @@ def draw(out: str | os.PathLike, *, data_dir: str | os.PathLike | None = None) -
         for directory in directories:
             written += draw(directory, data_dir=data_dir)
     given = {} if data_dir is None else {"data_dir": data_dir}
-    trained: list[Trained] = [load_run(directory, given)[:3] for directory in directories]
-    losses = [
-        (config, read_json(directory / HISTORY, dict)["loss"])
-        for (config, _, _), directory in zip(trained, directories, strict=True)
-    ]
-    rows = results.read(out / RESULTS)
-    if not rows:
-        raise InputError(f"{out / RESULTS}: holds no rows; restore it or evaluate again")
+    loaded = [load_run(directory, given) for directory in directories]
+    trained: list[Trained] = [one[:3] for one in loaded]
+    rows = results.stored(out / RESULTS)
     with _styled():
-        figures = {
-            "adaptation.png": adaptation(rows),
-            "training.png": training(losses),
-        }
+        figures = {"adaptation.png": adaptation(rows)} if rows else {}
+        figures["training.png"] = training([(one[0], one[3]["losses"]) for one in loaded])
         for _, _, learner in trained:
             with torch.no_grad():
                 curves = learner.mirror_map.profiles()
@@ -110,15 +102,18 @@ def draw(out: str | os.PathLike, *, data_dir: str | os.PathLike | None = None) -
 
 
 def adaptation(rows: list[dict[str, Any]]) -> Figure:
-    r"""The metric against adaptation steps, one line a method and setting, bands of 95%.
+    r"""The metric against adaptation steps, one line a method and setting, with 95% intervals.
 
-    A step after which a task diverged is marked with a cross at the edge of the axes.
+    They are bands; of more than four lines, whose bands would merge, they are bars, and the legend
+    is beside the axes. A step after which a task diverged has a cross at the edge of the axes.
     """
     percent = rows[0]["metric"] == "accuracy"
-    figure = Figure(figsize=(6, 4))
+    lines = results.lines(rows)
+    many = len(lines) > 4
+    figure = Figure(figsize=(9, 4) if many else (6, 4))
     axes = figure.add_subplot()
     drawn: collections.Counter[str] = collections.Counter()
-    for name, line in results.lines(rows).items():
+    for name, line in lines.items():
         line = sorted(line, key=lambda row: row["adapt_steps"])
         colour = _COLOURS.get(line[0]["method"])
         method = results.label(line[0])
@@ -131,7 +126,10 @@ def adaptation(rows: list[dict[str, Any]]) -> Figure:
         ci95 = scale * np.array([row["ci95"] for row in known])
         # On a log axis a band must not reach zero.
         low = mean - ci95 if percent else np.maximum(mean - ci95, 0.2 * mean)
-        axes.fill_between(steps, low, mean + ci95, color=colour, alpha=0.2, linewidth=0)
+        if many:
+            axes.vlines(steps, low, mean + ci95, color=colour, linewidth=1)
+        else:
+            axes.fill_between(steps, low, mean + ci95, color=colour, alpha=0.2, linewidth=0)
         axes.plot(
             steps,
             mean,
@@ -159,18 +157,22 @@ def adaptation(rows: list[dict[str, Any]]) -> Figure:
         axes.set_ylabel("query accuracy (%)")
     else:
         axes.set_ylabel("query MSE")
-        _log(axes)
+        if any(row["mean"] is not None for row in rows):  # crosses alone have no place on it
+            _log(axes)
     axes.set_title(results.setting(rows))
-    axes.legend()
+    if many:
+        figure.legend(loc="outside right upper", fontsize=8, handlelength=3)
+    else:
+        axes.legend()
     return figure
 
 
-def training(runs: list[tuple[RunConfig, list[float | None]]]) -> Figure:
-    r"""Query loss over the meta-iterations, smoothed; skipped iterations are gaps."""
+def training(runs: list[tuple[RunConfig, Tensor]]) -> Figure:
+    r"""Query loss over the meta-iterations, smoothed; skipped iterations, NaN, are gaps."""
     figure = Figure(figsize=(6, 4))
     axes = figure.add_subplot()
     for config, losses in runs:
-        values = np.array([math.nan if loss is None else loss for loss in losses])
+        values = losses.numpy()
         window = max(1, len(values) // 50)
         blocks = [values[i : i + window] for i in range(0, len(values), window)]
         middle = [min(i * window + window / 2, len(values)) for i in range(len(blocks))]

@@ -12,11 +12,26 @@ from typing import Any
 import torch
 
 from mirror_opt.errors import InputError
+from mirror_opt.fewshot import TaskFamily
 from mirror_opt.runs.config import RunConfig
 from mirror_opt.runs.directory import read_json, write_json
 from mirror_opt.runs.options import counted, fits, shown
 
-__all__ = ["ROW", "find", "label", "lines", "merge", "read", "rows", "setting", "table", "versions"]
+__all__ = [
+    "ROW",
+    "find",
+    "label",
+    "lines",
+    "merge",
+    "read",
+    "rows",
+    "setting",
+    "stored",
+    "table",
+    "versions",
+]
+
+_REMEDY = "restore it, or remove it and evaluate again"
 
 # The columns of a row and the types of their values.
 ROW = {
@@ -90,7 +105,7 @@ def versions(device: str) -> dict[str, str]:
 
 def rows(
     config: RunConfig,
-    metric: str,
+    task: TaskFamily,
     trace: dict[int, torch.Tensor],
     iterations: int,
     seconds: float,
@@ -100,7 +115,7 @@ def rows(
 
     Args:
         config: the run.
-        metric: ``"accuracy"`` or ``"mse"``.
+        task: its task family.
         trace: the metric per task, ``(test_tasks,)``, by number of adaptation steps.
         iterations: how many meta-iterations were made.
         seconds: how long they took, all sittings together.
@@ -110,7 +125,7 @@ def rows(
         Rows with the keys :data:`ROW`; ``ci95`` is :math:`1.96\, s / \sqrt{n}` over the tasks.
         A mean that is not finite (a task diverged) is None, and so is its interval.
     """
-    measured = _measured(config, metric, iterations, split)
+    measured = _measured(config, task, iterations, split)
     found = versions(config.device)
     made = []
     for step, values in trace.items():
@@ -130,29 +145,28 @@ def rows(
     return made
 
 
-def _measured(config: RunConfig, metric: str, iterations: int, split: str) -> dict[str, Any]:
-    """What rows of a run have in common, of :data:`_KEY`."""
+def _measured(config: RunConfig, task: TaskFamily, iterations: int, split: str) -> dict[str, Any]:
+    r"""What rows of a run have in common, of :data:`_KEY`."""
     from_config = (name for name in _KEY if name in config.to_dict())
-    data = None if config.data_dir is None else Path(config.data_dir).resolve().name
     return {
         **{name: getattr(config, name) for name in from_config},
-        "data": data,
-        "metric": metric,
+        "data": task.fingerprint,
+        "metric": task.metric,
         "iterations": iterations,
         "split": split,
     }
 
 
 def find(
-    path: str | Path, config: RunConfig, metric: str, split: str = "test"
+    path: str | Path, config: RunConfig, task: TaskFamily, split: str = "test"
 ) -> list[dict[str, Any]]:
     r"""The rows of the finished run ``config`` in the file at ``path``, if it has all of them.
 
     Rows of an earlier iteration, or measured otherwise, are not meant. Empty where a step lacks.
     """
-    measured = _measured(config, metric, config.iterations, split)
+    measured = _measured(config, task, config.iterations, split)
     wanted = [_key(measured | {"adapt_steps": step}) for step in config.adapt_steps]
-    there = {_key(row): row for row in read(path)} if Path(path).exists() else {}
+    there = {_key(row): row for row in stored(path)}
     return [there[key] for key in wanted] if all(key in there for key in wanted) else []
 
 
@@ -162,26 +176,29 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         InputError: absent, no JSON list, or a row lacks a column or has one of another type.
     """
-    found = read_json(path, list)
+    found = read_json(path, list, _REMEDY)
     for row in found:
         if not isinstance(row, dict):
-            raise InputError(f"{path}: a row is {row!r}; restore it or evaluate again")
+            raise InputError(f"{path}: a row is {row!r}; {_REMEDY}")
         for name, hint in ROW.items():
             if name not in row or not fits(row[name], hint):
                 what = f"has {name} {row[name]!r}" if name in row else f"lacks {name}"
-                raise InputError(f"{path}: a row {what}; restore it or evaluate again")
+                raise InputError(f"{path}: a row {what}; {_REMEDY}")
         if (row["mean"] is None) != (row["ci95"] is None):
             raise InputError(
-                f"{path}: a row has mean {row['mean']!r} and ci95 {row['ci95']!r}; restore it or "
-                "evaluate again"
+                f"{path}: a row has mean {row['mean']!r} and ci95 {row['ci95']!r}; {_REMEDY}"
             )
     return found
 
 
+def stored(path: str | Path) -> list[dict[str, Any]]:
+    r"""As :func:`read`; no rows where there is no file yet."""
+    return read(path) if Path(path).exists() else []
+
+
 def merge(path: str | Path, new: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     r"""Adds rows to the file at ``path``; those measured again replace the old. Returns all."""
-    old = read(path) if Path(path).exists() else []
-    merged = list({_key(row): row for row in (*old, *new)}.values())
+    merged = list({_key(row): row for row in (*stored(path), *new)}.values())
     write_json(path, merged)
     return merged
 
@@ -195,11 +212,11 @@ def lines(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     r"""Rows that differ in nothing but the adaptation step, under names that tell them apart.
 
     Example:
-        >>> from mirror_opt.runs.config import RunConfig
-        >>> made = []
+        >>> from mirror_opt.fewshot import Sinusoid
+        >>> made, trace = [], {0: torch.ones(2), 1: torch.zeros(2)}
         >>> for guard in ("auto", "off"):
         ...     config = RunConfig.create("sinusoid", "maml", guard=guard, device="cpu")
-        ...     made += rows(config, "mse", {0: torch.ones(2), 1: torch.zeros(2)}, 10, 1.0)
+        ...     made += rows(config, Sinusoid(), trace, 10, 1.0)
         >>> [(name, len(line)) for name, line in lines(made).items()]
         [('maml, guard auto', 2), ('maml, guard off', 2)]
     """
@@ -210,7 +227,7 @@ def lines(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     for line in by_key.values():
         rivals = [other[0] for other in by_key.values() if label(other[0]) == label(line[0])]
         told = [
-            f"{name.replace('_', ' ')} {shown(line[0][name]) or 'none'}"
+            f"{name.replace('_', ' ')} {_apart(line[0][name], [other[name] for other in rivals])}"
             for name in _KEY
             if name not in _NAMED and any(other[name] != line[0][name] for other in rivals)
         ]
@@ -259,6 +276,18 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def _key(row: dict[str, Any]) -> tuple:
     return tuple(json.dumps(row[name], sort_keys=True) for name in _KEY)
+
+
+def _apart(value: Any, others: list[Any]) -> str:
+    r"""What tells a value apart from others: of a dict, the entries that not all of them have."""
+    if isinstance(value, dict):
+        missing = object()
+        value = {
+            key: part
+            for key, part in value.items()
+            if any(other.get(key, missing) != part for other in others)
+        }
+    return shown(value) or "none"
 
 
 def _cell(row: dict[str, Any], percent: bool) -> str:

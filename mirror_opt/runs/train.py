@@ -35,13 +35,13 @@ from mirror_opt.runs.directory import (
     RESULTS,
     check_free,
     clear,
-    read_json,
+    read_configs,
     write_json,
 )
 from mirror_opt.runs.evaluate import evaluate
 from mirror_opt.runs.recovery import Recovery
 
-__all__ = ["decay", "horizon", "open_run", "train"]
+__all__ = ["check_save_every", "decay", "horizon", "open_run", "train"]
 
 _log = logging.getLogger(__name__)
 
@@ -126,15 +126,18 @@ class _Training:
             },
         )
 
-    def restore(self, path: Path) -> None:
+    def restore(self, path: Path) -> RunConfig:
+        r"""Goes on from the checkpoint at ``path``; returns the config that it was saved with."""
         state = checkpoint.load(path)
-        RunConfig.from_dict(state["config"], path).check_same(
+        saved = RunConfig.from_dict(state["config"], path)
+        saved.check_same(
             {f.name: getattr(self.config, f.name) for f in dataclasses.fields(RunConfig)}, path
         )
         checkpoint.restore(path, self.learner, state["learner"], "model")
         checkpoint.restore(path, self.optimizer, state["optimizer"], "optimizer")
         checkpoint.restore(path, self.recovery, state["recovery"], "run")
         self.losses, self.seconds = state["losses"].tolist(), state["seconds"]
+        return saved
 
 
 def open_run(
@@ -149,17 +152,20 @@ def open_run(
         overwrite: replace the run in ``out``, if there is one.
 
     Raises:
-        InputError: ``out`` holds a run and neither was asked, or an option differs from its own.
+        InputError: ``out`` holds a run and neither was asked, an option differs from its own, or
+            there is nothing to resume and no task to start.
     """
     out = Path(out)
     if resume and (out / CONFIG).exists():
-        values = read_json(out / CONFIG, dict)
-        if "methods" in values:
+        configs = read_configs(out)
+        if "" not in configs:
             raise InputError(f"{out}: holds a comparison; use `mirror-opt compare --resume`")
-        config = RunConfig.from_dict(values, out / CONFIG)
+        config = RunConfig.from_dict(configs[""], out / CONFIG)
         config.check_same(given, out)
         moved = {"data_dir": given["data_dir"]} if "data_dir" in given else {}
         return dataclasses.replace(config, **moved)
+    if resume and "task" not in given:
+        raise InputError(f"{out}: no run there to go on with; pass the --out of one")
     if resume:
         _log.warning("%s: no run to go on with, starting one", out)
     if not overwrite:
@@ -201,6 +207,7 @@ def train(
         KeyboardInterrupt: after Ctrl-C, with the checkpoint saved.
     """
     out = Path(out)
+    check_save_every(save_every)
     task, learner = build(config, download=download)
     groups = learner.param_groups(
         init_lr=config.init_lr, map_lr=config.map_lr, rate_lr=config.rate_lr
@@ -208,7 +215,10 @@ def train(
     optimizer = torch.optim.Adam(groups, betas=_BETAS)
     training = _Training(config, task, learner, optimizer, Recovery(learner, optimizer), [])
     if (out / CHECKPOINT).exists() and not overwrite:
-        training.restore(out / CHECKPOINT)
+        results.stored(out / RESULTS)  # a damaged file shows before the work is done
+        if training.restore(out / CHECKPOINT).data_dir != config.data_dir:
+            write_json(out / CONFIG, config.to_dict())
+            training.save(out / CHECKPOINT)  # where the data is now, evaluating looks for it too
     else:
         clear(out)  # results without their checkpoint would pass for those of the new run
         write_json(out / CONFIG, config.to_dict())
@@ -224,12 +234,18 @@ def train(
         )
     losses = [None if math.isnan(loss) else loss for loss in training.losses]
     write_json(out / HISTORY, {"loss": losses, "skipped": training.skipped})
-    if found := results.find(out / RESULTS, config, task.metric, split):
+    if found := results.find(out / RESULTS, config, task, split):
         return found
     trace = evaluate(learner, task, config, split=split)
-    found = results.rows(config, task.metric, trace, config.iterations, training.seconds, split)
+    found = results.rows(config, task, trace, config.iterations, training.seconds, split)
     results.merge(out / RESULTS, found)
     return found
+
+
+def check_save_every(seconds: float) -> None:
+    r"""Raises InputError unless ``seconds`` can be a time between checkpoints."""
+    if not seconds >= 0:  # NaN neither
+        raise InputError(f"--save-every {seconds}: pass a number of seconds, at least 0")
 
 
 def _loop(training: _Training, path: Path, save_every: float) -> None:
