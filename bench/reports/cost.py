@@ -19,7 +19,7 @@ def meta_overhead() -> str:
 
 def milliseconds(row: dict) -> str:
     """The median, and in brackets the ratio to what the row is compared with."""
-    return f"{1e3 * row['seconds']:.1f}" + (f" ({row['ratio']:.2g})" if "ratio" in row else "")
+    return f"{1e3 * row['seconds']:.1f} ({row['ratio']:.{1 if row['ratio'] < 10 else 0}f})"
 
 
 @part("compiled-step")

@@ -68,12 +68,12 @@ def draw_training() -> None:
             if not rows or any(r["final"] is None for r in rows):
                 continue
             steps, metric, seconds = np.mean([r["curve"] for r in rows], axis=0).T
-            by_steps.plot(steps, metric, color=colour, label=optimizer)
-            by_seconds.plot(seconds, metric, color=colour)
+            by_steps.plot(steps, metric, color=colour)
+            by_seconds.plot(seconds, metric, color=colour, label=optimizer)
         for axes, unit in ((by_steps, "steps"), (by_seconds, "seconds")):
             axes.set_yscale("log")
             axes.set_xlabel(unit)
             axes.set_ylabel(setting.metric)
             axes.set_title(problem)
-        by_steps.legend(frameon=False, fontsize=8)
+        by_seconds.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, "training")
