@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from runs_cases import InterruptedFamily
 
 from mirror_opt import fewshot
 from mirror_opt.cli import main
@@ -42,19 +43,8 @@ def test_learned_rates_move(tmp_path, method):
     assert (rates(faster) - start).abs().max() > 0.1
 
 
-class _Interrupted:
-    """A family of tasks, and a Ctrl-C when it is asked for training tasks ``at``."""
-
-    def __init__(self, family, at):
-        self.family, self.at = family, at
-
-    def __getattr__(self, name):
-        return getattr(self.family, name)
-
-    def sample(self, split, index, tasks):
-        if split == "train" and index == self.at:
-            raise KeyboardInterrupt
-        return self.family.sample(split, index, tasks)
+def _at_once():
+    raise KeyboardInterrupt
 
 
 def test_resumed_with_learned_rates_is_the_same(tmp_path, monkeypatch, capsys):
@@ -63,7 +53,9 @@ def test_resumed_with_learned_rates_is_the_same(tmp_path, monkeypatch, capsys):
     assert main([*command, "--out", str(whole)]) == 0
     with monkeypatch.context() as patch:
         make = fewshot.make_task
-        patch.setattr(fewshot, "make_task", lambda *a, **k: _Interrupted(make(*a, **k), 5))
+        patch.setattr(
+            fewshot, "make_task", lambda *a, **k: InterruptedFamily(make(*a, **k), 5, _at_once)
+        )
         assert main([*command, "--out", str(out)]) == 130
     assert checkpoint.load(out / "checkpoint.pt")["iteration"] == 5
     assert main(["train", "--out", str(out), "--resume", "--learn-lr"]) == 0

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from runs_cases import InterruptedFamily
 
 from mirror_opt import fewshot, meta
 from mirror_opt.cli import main
@@ -148,22 +149,6 @@ def test_all_methods_start_at_the_same_model():
     assert all(same(dict(models[0]), dict(model)) for model in models[1:])
 
 
-class _InterruptingFamily:
-    """A task family during whose n-th batch Ctrl-C is pressed."""
-
-    def __init__(self, family, at):
-        self.family, self.at = family, at
-
-    def __getattr__(self, name):
-        return getattr(self.family, name)
-
-    def sample(self, split, index, tasks):
-        if split == "train" and index == self.at:
-            self.at = None
-            signal.raise_signal(signal.SIGINT)
-        return self.family.sample(split, index, tasks)
-
-
 @pytest.mark.parametrize("at", [1, 5, 7])
 def test_interrupted_and_resumed_is_the_same(whole, tmp_path, monkeypatch, capsys, at):
     out = tmp_path / "run"
@@ -172,7 +157,7 @@ def test_interrupted_and_resumed_is_the_same(whole, tmp_path, monkeypatch, capsy
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         make = fewshot.make_task
-        patch.setattr(fewshot, "make_task", lambda *a, **k: _InterruptingFamily(make(*a, **k), at))
+        patch.setattr(fewshot, "make_task", lambda *a, **k: InterruptedFamily(make(*a, **k), at))
         assert main(command) == 130
     printed = capsys.readouterr()
     assert printed.err.strip().splitlines()[-1] == (

@@ -305,7 +305,7 @@ class MirrorDescent(Optimizer):
     def _init_group(self, *lists: Any) -> None:
         # torch.compile knows this name from torch's own optimizers: it calls the method once,
         # outside the graph, and takes the tensors from the lists.
-        init_group(self.state, *lists)
+        init_group(self.state, Lists(*lists))
 
     def _collect(self, group: Group) -> Lists:
         lists = Lists(group, [], [], [], [], [], [], [])

@@ -13,24 +13,16 @@ from mirror_opt.optim.options import (
     parameter_name,
     state_dtype,
 )
+from mirror_opt.optim.plan import Lists
 from mirror_opt.optim.sharded import from_shard, gradient, is_sharded, local, on_shards
 from mirror_opt.optim.update import Tensors, through, widened
 
 __all__ = ["init_group"]
 
 
-def init_group(
-    states: dict[Tensor, Any],
-    group: Group,
-    slots: list[int],
-    params: Tensors,
-    grads: Tensors,
-    buffers: Tensors,
-    anchors: Tensors,
-    dual_inits: Tensors,
-    duals: Tensors,
-) -> None:
+def init_group(states: dict[Tensor, Any], lists: Lists) -> None:
     """Collects what a step of the group reads, and creates the state that is missing."""
+    group, slots, params, grads, buffers, anchors, dual_inits, duals = lists
     anchored = is_anchored(group)
     stateless = group["momentum"] == 0 and not anchored
     for slot, p in enumerate(group["params"]):

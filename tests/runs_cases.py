@@ -1,0 +1,23 @@
+"""What the tests of runs share."""
+
+import signal
+from collections.abc import Callable
+from functools import partial
+
+CTRL_C = partial(signal.raise_signal, signal.SIGINT)
+
+
+class InterruptedFamily:
+    """A task family that calls ``interrupt`` when it is asked for training batch ``at``, once."""
+
+    def __init__(self, family, at: int, interrupt: Callable[[], None] = CTRL_C):
+        self.family, self.at, self.interrupt = family, at, interrupt
+
+    def __getattr__(self, name):
+        return getattr(self.family, name)
+
+    def sample(self, split, index, tasks):
+        if split == "train" and index == self.at:
+            self.at = None
+            self.interrupt()
+        return self.family.sample(split, index, tasks)
