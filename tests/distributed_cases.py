@@ -55,6 +55,7 @@ def work(rank: int, world: int, folder: str) -> None:
         except BaseException:
             outcome = traceback.format_exc()
         Path(folder, f"{name}-{world}-{rank}").write_text(outcome)
+    dist.barrier()  # none takes its connections away while another still uses them
     dist.destroy_process_group()
 
 

@@ -179,11 +179,18 @@ def test_evaluate(trained, tmp_path, capsys):
     assert run("plot", "--out", out) == 0
 
 
-@pytest.mark.parametrize("arguments", [["--filters", "3"], ["--ways", "3"], ["--task", "sinusoid"]])
-def test_a_checkpoint_of_another_model(trained, tmp_path, capsys, arguments):
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--filters", "3"], "checkpoint.pt: a checkpoint of another model"),
+        (["--ways", "3"], "checkpoint.pt: a checkpoint of another model"),
+        (["--task", "sinusoid"], "--task sinusoid: the run in {out} has a network for glyphs"),
+    ],
+)
+def test_a_checkpoint_of_another_model(trained, tmp_path, capsys, arguments, says):
     out = shutil.copytree(trained, tmp_path / "copy")
     before = (out / "results.json").read_bytes()
-    fails(capsys, "evaluate", "--out", out, *arguments)
+    assert says.format(out=out) in fails(capsys, "evaluate", "--out", out, *arguments)
     assert (out / "results.json").read_bytes() == before
 
 

@@ -15,6 +15,7 @@ from mirror_opt.runs import checkpoint
 
 STATE = {
     "config": {"task": "sinusoid", "horizon": (5, 10), "data_dir": None},
+    "data": None,
     "iteration": 2,
     "learner": OrderedDict(weight=torch.arange(6.0).view(2, 3).bfloat16()),
     "optimizer": {"state": {0: {"step": torch.tensor(2.0)}}, "param_groups": [{"lr": 0.1}]},
@@ -83,7 +84,7 @@ def test_damage_to_a_file_without_a_digest_is_refused_too(path):
     # Of a version before there was one: what torch makes of the bytes decides what is said.
     torch.save({"format": "mirror_opt.run", "version": 2, **STATE}, path)
     data = path.read_bytes()
-    assert "version 2, this mirror_opt reads 3; use the mirror_opt that wrote it" in refusal(path)
+    assert "version 2, this mirror_opt reads 4; use the mirror_opt that wrote it" in refusal(path)
     for at in places(data):
         path.write_bytes(flipped(data, at))
         refusal(path)
@@ -95,8 +96,8 @@ def test_damage_to_a_file_without_a_digest_is_refused_too(path):
 @pytest.mark.parametrize(
     "changed",
     [
-        {"version": torch.tensor([3, 3])},
-        {"version": "3"},
+        {"version": torch.tensor([4, 4])},
+        {"version": "4"},
         {"version": None},
         {"format": torch.ones(2)},
         {"format": "mirror_opt.dataset"},

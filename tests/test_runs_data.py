@@ -105,6 +105,17 @@ def test_a_finished_run_is_resumed_where_its_data_has_moved(data, tmp_path):
     run("plot", "--out", out)
 
 
+def test_a_run_does_not_go_on_with_other_data(data, tmp_path, capsys):
+    one, other = data
+    out = tmp_path / "run"
+    run("train", "--method", "fomaml", *FOLDER, "--data-dir", one, "--out", out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert main(["train", "--resume", "--out", str(out), "--data-dir", str(other)]) == 2
+    said = capsys.readouterr().err
+    assert f"{out / 'checkpoint.pt'}: trained on other data than that of {other}; pass" in said
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_options_of_the_task_are_changed_in_part(omniglot_folder, tmp_path):
     out = tmp_path / "run"
     options = f"--task omniglot --queries 1 --adapt-steps 0,1 --test-tasks 2 {SMALL}".split()

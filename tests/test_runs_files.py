@@ -14,6 +14,7 @@ from mirror_opt.runs import checkpoint, directory
 
 STATE = {
     "config": {"task": "sinusoid"},
+    "data": None,
     "iteration": 2,
     "learner": {"weight": torch.arange(6.0).view(2, 3)},
     "optimizer": {"state": {0: {"step": torch.tensor(2.0)}}, "param_groups": [{"lr": 0.1}]},

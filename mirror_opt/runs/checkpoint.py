@@ -17,12 +17,13 @@ from mirror_opt.runs.directory import write_bytes
 
 __all__ = ["VERSION", "load", "restore", "save"]
 
-VERSION = 3
+VERSION = 4
 _FORMAT = "mirror_opt.run"
 _SEAL = b"mirror_opt.run sha256 "
 _DIGITS = 64  # of the digest in hexadecimal, which follows
 _FIELDS = {
     "config": dict,
+    "data": str | None,
     "iteration": int,
     "learner": dict,
     "optimizer": dict,
@@ -37,8 +38,9 @@ def save(path: str | os.PathLike, state: dict[str, Any]) -> None:
 
     Args:
         path: the file to write.
-        state: ``config`` (dict), ``iteration`` (int), ``learner``, ``optimizer`` and
-            ``recovery`` (state dicts), ``losses`` (float64, ``(iteration,)``), ``seconds`` (float).
+        state: ``config`` (dict), ``data`` (the fingerprint of the task family, or None),
+            ``iteration`` (int), ``learner``, ``optimizer`` and ``recovery`` (state dicts),
+            ``losses`` (float64, ``(iteration,)``), ``seconds`` (float).
 
     Raises:
         OSError: the file cannot be written, or the disk is full.
@@ -85,7 +87,7 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
             f"{path}: checkpoint version {state['version']}, this mirror_opt reads "
             f"{VERSION}; use the mirror_opt that wrote it, or train again"
         )
-    if not has_seal or any(not isinstance(state.get(k), kind) for k, kind in _FIELDS.items()):
+    if not has_seal or any(not isinstance(state.get(k, ...), kind) for k, kind in _FIELDS.items()):
         raise InputError(broken)
     return state
 

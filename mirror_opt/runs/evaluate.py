@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mirror_opt import fewshot
 from mirror_opt.errors import InputError
 from mirror_opt.fewshot import TaskFamily
 from mirror_opt.meta import MetaLearner
@@ -101,7 +102,14 @@ def load_run(
             )
     values = {f.name: getattr(stored, f.name) for f in dataclasses.fields(stored)}
     values["device"] = "auto"  # a run may be evaluated where its own device is not
-    if given.get("task", stored.task) != stored.task:
+    own, other = stored.task, given.get("task", stored.task)
+    models = {name: family.model for name, family in fewshot.TASKS.items()}
+    if models.get(other, models[own]) is not models[own]:
+        raise InputError(
+            f"--task {other}: the run in {out} has a network for {own}, which cannot read these "
+            f"tasks; drop --task, or train on {other}"
+        )
+    if other != own:
         values |= {"data_dir": None, "task_options": {}}
     if "task_options" in given:  # in part
         given["task_options"] = values["task_options"] | pairs(given["task_options"])

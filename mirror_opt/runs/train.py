@@ -117,6 +117,7 @@ class _Training:
             path,
             {
                 "config": self.config.to_dict(),
+                "data": self.task.fingerprint,
                 "iteration": len(self.losses),
                 "learner": self.learner.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -133,6 +134,12 @@ class _Training:
         saved.check_same(
             {f.name: getattr(self.config, f.name) for f in dataclasses.fields(RunConfig)}, path
         )
+        if state["data"] != self.task.fingerprint:
+            where = self.config.data_dir or "this task"
+            raise InputError(
+                f"{path}: trained on other data than that of {where}; "
+                "pass --data-dir with the data that it was trained on, or train anew with --out"
+            )
         checkpoint.restore(path, self.learner, state["learner"], "model")
         checkpoint.restore(path, self.optimizer, state["optimizer"], "optimizer")
         checkpoint.restore(path, self.recovery, state["recovery"], "run")
