@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 PAGES   = mirror_opt mirror_opt.optim mirror_opt.ops mirror_opt.backends mirror_opt.fewshot \
           mirror_opt.runs mirror_opt.newton mirror_opt.reference mirror_opt.kernels
 
-.PHONY: all install test lint coverage docs demo bench clean
+.PHONY: all install test lint docs demo bench clean
 
 all: test
 
@@ -28,18 +28,13 @@ lint: install
 	$(BIN)/mypy --python-version 3.10
 	$(BIN)/mypy --python-version 3.13
 
-# One thread for each process: the tensors are small, and the results the same everywhere.
-test coverage: export OMP_NUM_THREADS = 1
-PYTEST = -m pytest --numprocesses auto --dist worksteal
-
+# All tests, one thread for each process: the tensors are small, and the results the same everywhere.
+# The lines of the package that they run are counted, the kernels' by Triton's interpreter; too few
+# are an error.
+test: export OMP_NUM_THREADS = 1
 test: lint
-	$(BIN)/python $(PYTEST)
-
-# Lines of the package that the tests run, the kernels' by Triton's interpreter; too few are an
-# error. Apart from `make test`, because counting takes half as much again.
-coverage: install
 	$(BIN)/coverage erase
-	$(BIN)/coverage run $(PYTEST)
+	$(BIN)/coverage run -m pytest --numprocesses auto --dist worksteal
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --show-missing
 

@@ -8,16 +8,15 @@ part where they are installed. Rows in bench/results/meta_overhead.json.
 """
 
 import argparse
-import statistics
-import time
+from functools import partial
 
 import torch
-from results import add_rows, revision
+from in_turn import in_turn
+from results import add_rows
 from torch.nn import functional as F
 
 from mirror_opt.fewshot import Conv4
 from mirror_opt.meta import MetaLearner
-from mirror_opt.runs.results import versions
 
 TASKS, STEPS, LR = 4, 5, 0.01
 
@@ -90,35 +89,16 @@ def main() -> None:
             print(f"{name} is not installed: left out")
             continue
         contenders[name] = lambda function=function: function(model, batch)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for repeat in range(repeats + 1):
-        for name, run in contenders.items():
-            model.zero_grad()
-            start = time.perf_counter()
-            run()
-            if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-    base = seconds["torch.func by hand"]
-    rows = []
-    for name, taken in seconds.items():
-        # Each round ran all of them in turn: its ratio is free of the machine's drift.
-        ratio = statistics.median(t / b for t, b in zip(taken, base, strict=True))
-        cuts = statistics.quantiles(taken, n=5)
-        rows.append(
-            {
-                "name": name,
-                "seconds": statistics.median(taken),
-                "p20": cuts[0],
-                "p80": cuts[3],
-                "ratio": ratio,
-                "repeats": repeats,
-                "threads": 1,
-                "revision": revision(),
-                **versions("cpu"),
-            }
-        )
-        print(f"{name:20} {rows[-1]['seconds']:.3f} s   {ratio:.3f} times by hand")
-    add_rows("meta_overhead", rows)
+
+    def fresh(run):
+        model.zero_grad()
+        run()
+
+    ways = {name: partial(fresh, run) for name, run in contenders.items()}
+    rows = in_turn(ways, repeats, base=lambda name: "torch.func by hand")
+    for name, row in rows.items():
+        print(f"{name:20} {row['seconds']:.3f} s   {row['ratio']:.3f} times by hand")
+    add_rows("meta_overhead", [{"name": name, **row} for name, row in rows.items()])
 
 
 if __name__ == "__main__":
