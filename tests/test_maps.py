@@ -364,6 +364,31 @@ def test_bounds_where_a_tensor_is_empty():
         assert torch.isfinite(mirror_map.smoothness())
 
 
+# torch's own forward mode is scripted when it is first used.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_hypentropy_is_asinh_to_rounding_with_its_derivatives():
+    x = torch.logspace(-40, 38, 2000, dtype=torch.float64)
+    x = torch.cat([x, -x, torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan])])
+    hypentropy = maps.Hypentropy()
+    for dtype, ulps in ((torch.float32, 2), (torch.float64, 4)):
+        (value,) = hypentropy([x.to(dtype)])
+        exact = x.to(dtype).double().asinh()
+        tolerance = {"rtol": ulps * torch.finfo(dtype).eps, "atol": 2e-45, "equal_nan": True}
+        torch.testing.assert_close(value.double(), exact, **tolerance)
+    some = torch.tensor([0.0, -0.0, 1e-9, -1e-3, 2.0, -50.0, 1e9], dtype=torch.float64)
+
+    def value(x):
+        return hypentropy([x])[0]
+
+    forward = torch.func.jvp(value, (some,), (torch.ones_like(some),))[1]
+    torch.testing.assert_close(forward, 1 / (1 + some * some).sqrt(), rtol=1e-12, atol=0)
+    some.requires_grad_()
+    (slope,) = torch.autograd.grad(value(some).sum(), some, create_graph=True)
+    torch.testing.assert_close(slope, 1 / (1 + some * some).sqrt(), rtol=1e-12, atol=0)
+    (bend,) = torch.autograd.grad(slope.sum(), some)
+    torch.testing.assert_close(bend, -some / (1 + some * some) ** 1.5, rtol=1e-6, atol=1e-15)
+
+
 def test_hypentropy_far_beyond_its_scale():
     hypentropy = maps.Hypentropy(1e-4)
     x = [torch.tensor([1e16, -1e-4, 0.0])]
