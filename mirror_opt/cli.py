@@ -69,6 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(_told(error, arguments))
     except KeyboardInterrupt:
         return _interrupted(arguments)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _fail(
+            "not enough memory; pass a smaller network or smaller tasks (--filters, --shots, "
+            "--queries, --tasks-per-batch), or another --device"
+        )
     return 0
 
 
@@ -84,6 +91,13 @@ def _flush() -> None:
         raise InputError(
             f"standard output: {error.strerror}; send it where there is room to write"
         ) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # The CPU's allocator raises an error like any other, or fails to count so many bytes.
+    signs = ("can't allocate memory", "Storage size calculation overflowed")
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or any(sign in str(error) for sign in signs)
 
 
 def _fail(message: str) -> int:

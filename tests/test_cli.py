@@ -194,6 +194,25 @@ def test_a_checkpoint_of_another_model(trained, tmp_path, capsys, arguments, say
     assert (out / "results.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "option",
+    [("--filters", 10**13), ("--filters", 10**18), ("--task-options", "image_size=10000000")],
+)
+def test_more_than_the_memory(image_folder, tmp_path, capsys, option):
+    command = ["train", "--task", "folder", "--data-dir", image_folder, "--queries", "2"]
+    line = fails(capsys, *command, *option, "--out", tmp_path / "run")
+    assert line.startswith("mirror-opt: error: not enough memory; pass a smaller network")
+
+
+def test_another_error_is_not_taken_for_it(tmp_path, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr("mirror_opt.cli.train", broken)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        run("train", "--task", "sinusoid", *SMALL, "--out", tmp_path / "run")
+
+
 def test_a_checkpoint_of_another_run(trained, tmp_path, capsys):
     other = tmp_path / "other"
     assert run("train", "--task", "glyphs", "--method", "maml", *IMAGES, "--out", other) == 0
