@@ -105,15 +105,20 @@ def test_a_finished_run_is_resumed_where_its_data_has_moved(data, tmp_path):
     run("plot", "--out", out)
 
 
-def test_a_run_does_not_go_on_with_other_data(data, tmp_path, capsys):
+def test_nothing_goes_on_with_other_data(data, tmp_path, capsys):
     one, other = data
-    out = tmp_path / "run"
-    run("train", "--method", "fomaml", *FOLDER, "--data-dir", one, "--out", out)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert main(["train", "--resume", "--out", str(out), "--data-dir", str(other)]) == 2
-    said = capsys.readouterr().err
-    assert f"{out / 'checkpoint.pt'}: trained on other data than that of {other}; pass" in said
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    commands = {"train": ["--method", "fomaml"], "compare": ["--methods", "fomaml,anil"]}
+    for command, methods in commands.items():
+        out = tmp_path / command
+        run(command, *methods, *FOLDER, "--data-dir", one, "--out", out)
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        capsys.readouterr()
+        assert main([command, "--resume", "--out", str(out), "--data-dir", str(other)]) == 2
+        first = out / "checkpoint.pt" if command == "train" else out / "fomaml" / "checkpoint.pt"
+        said = capsys.readouterr().err
+        assert f"{first}: trained on other data than that of {other}; pass --data-dir" in said
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+        run(command, "--resume", "--out", out)
 
 
 def test_options_of_the_task_are_changed_in_part(omniglot_folder, tmp_path):

@@ -8,10 +8,18 @@ from typing import Any
 
 from mirror_opt import meta
 from mirror_opt.errors import InputError
-from mirror_opt.runs import results
+from mirror_opt.runs import checkpoint, results
 from mirror_opt.runs.config import RunConfig, build
-from mirror_opt.runs.directory import CONFIG, RESULTS, check_free, clear, read_configs, write_json
-from mirror_opt.runs.train import check_save_every, train
+from mirror_opt.runs.directory import (
+    CHECKPOINT,
+    CONFIG,
+    RESULTS,
+    check_free,
+    clear,
+    read_configs,
+    write_json,
+)
+from mirror_opt.runs.train import check_data, check_save_every, train
 
 __all__ = ["METHODS", "compare", "open_comparison"]
 
@@ -102,7 +110,10 @@ def compare(
     out = Path(out)
     check_save_every(save_every)
     for config in configs:  # a mistake in the last method shows before the first is trained
-        build(config, download=download)
+        task, _ = build(config, download=download)
+        path = out / config.method / CHECKPOINT
+        if path.exists() and not overwrite:
+            check_data(path, checkpoint.load(path), config, task)
     if not overwrite:  # and a damaged file before the work is done
         for directory in (out, *(out / config.method for config in configs)):
             results.stored(directory / RESULTS)

@@ -41,7 +41,7 @@ from mirror_opt.runs.directory import (
 from mirror_opt.runs.evaluate import evaluate
 from mirror_opt.runs.recovery import Recovery
 
-__all__ = ["check_save_every", "decay", "horizon", "open_run", "train"]
+__all__ = ["check_data", "check_save_every", "decay", "horizon", "open_run", "train"]
 
 _log = logging.getLogger(__name__)
 
@@ -134,12 +134,7 @@ class _Training:
         saved.check_same(
             {f.name: getattr(self.config, f.name) for f in dataclasses.fields(RunConfig)}, path
         )
-        if state["data"] != self.task.fingerprint:
-            where = self.config.data_dir or "this task"
-            raise InputError(
-                f"{path}: trained on other data than that of {where}; "
-                "pass --data-dir with the data that it was trained on, or train anew with --out"
-            )
+        check_data(path, state, self.config, self.task)
         checkpoint.restore(path, self.learner, state["learner"], "model")
         checkpoint.restore(path, self.optimizer, state["optimizer"], "optimizer")
         checkpoint.restore(path, self.recovery, state["recovery"], "run")
@@ -247,6 +242,18 @@ def train(
     found = results.rows(config, task, trace, config.iterations, training.seconds, split)
     results.merge(out / RESULTS, found)
     return found
+
+
+def check_data(
+    path: str | os.PathLike, state: dict[str, Any], config: RunConfig, task: TaskFamily
+) -> None:
+    r"""Raises InputError unless the checkpoint ``state`` at ``path`` is of the data of ``task``."""
+    if state["data"] != task.fingerprint:
+        where = config.data_dir or "this task"
+        raise InputError(
+            f"{path}: trained on other data than that of {where}; "
+            "pass --data-dir with the data that it was trained on, or train anew with --out"
+        )
 
 
 def check_save_every(seconds: float) -> None:
