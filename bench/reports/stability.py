@@ -68,6 +68,7 @@ def draw_stability() -> None:
     figure, (left, right) = canvas(2)
     shown = [v for v in VARIANTS if any(r["variant"] == v for r in rows)]
     ceiling = 10.0
+    floor = ceiling
     for variant in shown:
         for guard, style in (("none", ":"), ("past the trained steps", "-")):
             mine = [r for r in rows if (r["variant"], r["guard"]) == (variant, guard)]
@@ -81,6 +82,7 @@ def draw_stability() -> None:
                 )
                 for s in steps
             ]
+            floor = min(floor, *worst)
             left.plot(
                 steps, worst, style, color=COLOURS[variant], label=variant if style == "-" else None
             )
@@ -92,7 +94,7 @@ def draw_stability() -> None:
         right.plot(steps, share, marker="o", markersize=4, color=COLOURS[variant], label=variant)
     left.set_xscale("log")
     left.set_yscale("log")
-    left.set_ylim(top=ceiling)
+    left.set_ylim(floor / 2, ceiling)
     left.set_xlabel("adaptation steps (trained at 1)")
     left.set_ylabel("query MSE, worst seed")
     left.set_title("dotted: no guard, solid: guarded")
