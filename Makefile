@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 PAGES   = mirror_opt mirror_opt.optim mirror_opt.ops mirror_opt.backends mirror_opt.fewshot \
           mirror_opt.runs mirror_opt.newton mirror_opt.reference mirror_opt.kernels
 
-.PHONY: all install test lint docs demo bench clean
+.PHONY: all install test lint docs demo clean
 
 all: test
 

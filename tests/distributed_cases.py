@@ -75,11 +75,12 @@ def values(seed=0, shapes=SHAPES, dtype=torch.float64):
 
 def spread(tensors, device_mesh, placements):
     """As DTensors, each cut along the dimensions that it has."""
-
     def fitting(x, placement):
         return placement if placement.is_replicate() or placement.dim < x.dim() else Replicate()
 
-    return [distribute_tensor(x, device_mesh, [fitting(x, q) for q in placements]) for x in tensors]
+    return [
+        distribute_tensor(x, device_mesh, [fitting(x, q) for q in placements]) for x in tensors
+    ]
 
 
 def pair(name, options, device_mesh, placements, shapes=SHAPES, dtype=torch.float64, **settings):

@@ -71,6 +71,5 @@ def same(xs: list[Tensor], ys: list[Tensor]) -> bool:
         x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(xs, ys, strict=True)
     )
 
-
 def parameter(*values: float, dtype=torch.float32) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype, requires_grad=True)

@@ -73,4 +73,4 @@ def test_a_forced_build_loads_or_says_what_torch_lacks(built):
         assert "libmirror_opt_cuda.so does not load" in said
         assert "undefined symbol: aoti_torch_get_current_cuda_stream" in said
     else:
-        assert said.startswith("mirror_opt_cuda::step_(Tensor(a")
+        assert said.startswith("mirror_opt_cuda::step_(Tensor(a!)[] params, ")

@@ -123,16 +123,13 @@ def test_layouts_of_memory(dtype):
     for x in layouts.values():
         assert not x.is_contiguous()
         assert torch.equal(separable_forward(x, gain, units), expected)
-        assert torch.equal(
-            separable_forward(u, x.abs() + 1, units), separable_forward(u, u.abs() + 1, units)
-        )
-        assert torch.equal(
-            separable_step(x, x, 0.1, gain, units), separable_step(u, u, 0.1, gain, units)
-        )
+        assert torch.equal(separable_forward(u, x.abs() + 1, units),
+                           separable_forward(u, u.abs() + 1, units))
+        assert torch.equal(separable_step(x, x, 0.1, gain, units),
+                           separable_step(u, u, 0.1, gain, units))
     row = u[:1].expand(4, -1, -1, -1)
-    assert torch.equal(
-        separable_forward(row, gain, units)[3], separable_forward(row.contiguous(), gain, units)[3]
-    )
+    assert torch.equal(separable_forward(row, gain, units)[3],
+                       separable_forward(row.contiguous(), gain, units)[3])
 
 
 EXTREMES = {
@@ -241,12 +238,8 @@ def test_two_runs_and_any_number_of_threads_give_the_same_bits():
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
-    st.integers(0, 40),
-    st.integers(1, 6),
-    st.integers(0, 9),
-    st.floats(1e-2, 30),
-    st.booleans(),
-    st.integers(0, 99),
+    st.integers(0, 40), st.integers(1, 6), st.integers(0, 9), st.floats(1e-2, 30),
+    st.booleans(), st.integers(0, 99),
 )
 def test_increasing_and_inverted(n, columns, count, spread, single, seed):
     dtype = torch.float32 if single else torch.float64

@@ -346,25 +346,17 @@ def test_lists_that_do_not_fit_are_refused_before_anything_changes():
         assert all(torch.equal(a, b) for a, b in zip(before, lists.tensors(), strict=True))
 
     attempt("2 params and 1 grads: pass one for each", grads=lambda xs: xs[:1])
-    attempt(
-        r"gains\[1\] has shape \(4,\): pass that of params\[1\]",
-        gains=lambda xs: [xs[0], xs[1][:4]],
-    )
+    attempt(r"gains\[1\] has shape \(4,\): pass that of params\[1\]",
+            gains=lambda xs: [xs[0], xs[1][:4]])
     attempt("momentum=0.9: pass buffers", options={"momentum": 0.9})
     attempt(r"units\[1\] has 4 channels", units=lambda us: [us[0], random_float_units(4)])
     attempt(r"units\[0\] has shapes", units=lambda us: [Units(us[0].w[:2], *us[0][1:]), us[1]])
-    attempt(
-        "dual state of params.0. are torch.float16: pass torch.float32",
-        duals=lambda xs: [x.half() for x in xs],
-    )
-    attempt(
-        r"grads\[1\] is torch.float64: pass a floating dtype that torch.float32 holds",
-        grads=lambda xs: [xs[0], xs[1].double()],
-    )
-    attempt(
-        r"anchors\[0\] is torch.float64",
-        anchors=lambda xs: [torch.zeros(3, 4, dtype=torch.float64), torch.zeros(5)],
-    )
+    attempt("dual state of params.0. are torch.float16: pass torch.float32",
+            duals=lambda xs: [x.half() for x in xs])
+    attempt(r"grads\[1\] is torch.float64: pass a floating dtype that torch.float32 holds",
+            grads=lambda xs: [xs[0], xs[1].double()])
+    attempt(r"anchors\[0\] is torch.float64", anchors=lambda xs: [
+        torch.zeros(3, 4, dtype=torch.float64), torch.zeros(5)])
     attempt(r"grads\[0\] is torch.int64", grads=lambda xs: [xs[0].long(), xs[1]])
 
 

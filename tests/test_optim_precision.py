@@ -108,7 +108,6 @@ def test_a_step_that_the_scaler_skips_changes_nothing(policy, fused):
 def test_a_flag_that_is_not_read_stops_every_part_of_a_step(monkeypatch):
     # As on an accelerator: the flag goes into the select and into the fused step.
     optimizer = trained(policy="skip")
-
     def moving():  # all but the anchors
         params = [p for group in optimizer.param_groups for p in group["params"]]
         moved = [*params, *(s["momentum_buffer"] for s in optimizer.state.values())]

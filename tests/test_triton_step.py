@@ -26,19 +26,8 @@ class Tensors:
     """The lists of a step, and a float64 copy of them that follows the equations."""
 
     def __init__(
-        self,
-        device,
-        shapes=LIST,
-        dtype=torch.float32,
-        count=2,
-        seed=0,
-        primal=True,
-        gains=True,
-        anchor=False,
-        dual=False,
-        dual_init=False,
-        state=None,
-        **options,
+        self, device, shapes=LIST, dtype=torch.float32, count=2, seed=0, primal=True, gains=True,
+        anchor=False, dual=False, dual_init=False, state=None, **options,
     ):
         generator = torch.Generator().manual_seed(seed)
         state = state or (torch.float32 if dual else dtype)
@@ -69,18 +58,9 @@ class Tensors:
 
     def step(self, lr=LR, **options) -> Tensor:
         return step_(
-            self.params,
-            self.grads,
-            lr,
-            self.gains,
-            *zip(*self.units, strict=True),
-            primal=self.primal,
-            buffers=self.buffers,
-            anchors=self.anchors,
-            duals=self.duals,
-            dual_inits=self.dual_inits,
-            **self.options,
-            **options,
+            self.params, self.grads, lr, self.gains, *zip(*self.units, strict=True),
+            primal=self.primal, buffers=self.buffers, anchors=self.anchors, duals=self.duals,
+            dual_inits=self.dual_inits, **self.options, **options,
         )
 
     # In float64, the tensor i seen as (C, n).
@@ -171,10 +151,7 @@ VARIANTS = {
     "dual state, dual": {"primal": False, "dual": True, "dual_init": True, "momentum": 0.9},
     "dual state, decay": {"dual": True, "dual_init": True, "weight_decay": 0.3},
     "dual state, dual, decay": {
-        "primal": False,
-        "dual": True,
-        "anchor": True,
-        "weight_decay": 0.3,
+        "primal": False, "dual": True, "anchor": True, "weight_decay": 0.3,
     },
 }
 _SHORT = LIST[:1] + LIST[3:]
