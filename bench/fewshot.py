@@ -1,6 +1,7 @@
 """Few-shot studies: search the meta learning rates on validation tasks, then train over seeds.
 
     python bench/fewshot.py STUDY search     # every method, the same grid, one seed, val tasks
+    python bench/fewshot.py STUDY confirm    # the best pairs of each method at two more such seeds
     python bench/fewshot.py STUDY final      # every method at its best rates, all seeds, test tasks
 
 Rows go to bench/results/fewshot-STUDY.json, each with its stage, variant and rates; what is there
@@ -12,6 +13,7 @@ pictures from the rows.
 import argparse
 import itertools
 import math
+import statistics
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +25,10 @@ from mirror_opt.runs.config import RunConfig
 from mirror_opt.runs.directory import HISTORY, read_json
 from mirror_opt.runs.train import train
 
-SEARCH_SEED = 100  # none of the final ones
+Rates = tuple[float, float]  # of the init and of the map
+
+SEARCH_SEEDS = (100, 101, 102)  # none of the final ones; the whole grid sees the first only
+FINALISTS = 3  # pairs of rates that see the others
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,8 @@ STUDIES = {
     ),
     "omniglot-1": Study(
         {**_OMNIGLOT, "iterations": 250, "train_steps": 1},
-        init_lrs=(3e-3, 1e-2),
-        map_lrs=(1e-3, 3e-3, 1e-2, 3e-2),
+        init_lrs=(1e-3, 3e-3, 1e-2),
+        map_lrs=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
         search=_VALIDATION,
     ),
     "omniglot-5": Study(
@@ -111,42 +116,73 @@ STUDIES = {
 }
 
 
+def grid(name: str, variant: str) -> list[Rates]:
+    """The pairs of rates that a study searches for a variant."""
+    study = STUDIES[name]
+    # Without parameters of a map there is one rate to search.
+    map_lrs = study.map_lrs if variant != "maml" else study.map_lrs[:1]
+    return list(itertools.product(study.init_lrs, map_lrs))
+
+
+def choices(name: str, stage: str, variant: str) -> tuple[list[Rates], tuple[int, ...]]:
+    """The pairs of rates of a stage, and the seeds that each is run with."""
+    if stage == "search":
+        return grid(name, variant), SEARCH_SEEDS[:1]
+    if stage == "confirm":
+        return finalists(name, variant), SEARCH_SEEDS[1:]
+    return [best_rates(name, variant)], STUDIES[name].seeds
+
+
 def runs(name: str, stage: str, only: list[str] | None) -> list[tuple[str, RunConfig]]:
     """(variant, config) of every run of a stage."""
     study = STUDIES[name]
     setting = {**study.setting, "threads": 1}
-    if stage == "search":
-        setting |= study.search | {"seed": SEARCH_SEED}
+    if stage != "final":
+        setting |= study.search
     found = []
     for variant, options in VARIANTS.items():
         if only and variant not in only:
             continue
-        if stage == "search":
-            # Without parameters of a map there is one rate to search.
-            map_lrs = study.map_lrs if variant != "maml" else study.map_lrs[:1]
-            grid = itertools.product(study.init_lrs, map_lrs)
-            choices = [{"init_lr": i, "map_lr": m} for i, m in grid]
-        else:
-            rates = best_rates(name, variant)
-            choices = [{**rates, "seed": seed} for seed in study.seeds]
-        for choice in choices:
+        pairs, seeds = choices(name, stage, variant)
+        for (init_lr, map_lr), seed in itertools.product(pairs, seeds):
+            choice = {"init_lr": init_lr, "map_lr": map_lr, "seed": seed}
             found.append((variant, RunConfig.create(**{**setting, **options, **choice})))
     return found
 
 
-def best_rates(name: str, variant: str) -> dict[str, float]:
-    """The searched rates with the best validation metric after the trained number of steps."""
+def searched(name: str, variant: str) -> dict[Rates, dict[int, float]]:
+    """What a search compares, less is better: of every pair of rates that was run, by seed.
+
+    The validation metric after the trained number of steps, accuracy with its sign changed, and
+    infinite where it diverged.
+    """
     steps = STUDIES[name].setting["train_steps"]
-    rows = [
-        r
-        for r in read_rows(f"fewshot-{name}")
-        if r["stage"] == "search" and r["variant"] == variant and r["adapt_steps"] == steps
-    ]
-    if not rows:
+    found: dict[Rates, dict[int, float]] = {}
+    for row in read_rows(f"fewshot-{name}"):
+        if row["stage"] == "final" or (row["variant"], row["adapt_steps"]) != (variant, steps):
+            continue
+        sign = 1 if row["metric"] == "mse" else -1
+        value = math.inf if row["mean"] is None else sign * row["mean"]
+        found.setdefault((row["init_lr"], row["map_lr"]), {})[row["seed"]] = value
+    if not found:
         raise SystemExit(f"{name}: search {variant!r} first")
-    sign = 1 if rows[0]["metric"] == "mse" else -1
-    best = min(rows, key=lambda r: math.inf if r["mean"] is None else sign * r["mean"])
-    return {"init_lr": best["init_lr"], "map_lr": best["map_lr"]}
+    return found
+
+
+def finalists(name: str, variant: str) -> list[Rates]:
+    """The best pairs of rates with the seed that the whole grid was run with."""
+    found = searched(name, variant)
+    if missing := [rates for rates in grid(name, variant) if rates not in found]:
+        raise SystemExit(f"{name}: search the whole grid for {variant!r} first: {missing}")
+    return sorted(found, key=lambda rates: found[rates][SEARCH_SEEDS[0]])[:FINALISTS]
+
+
+def best_rates(name: str, variant: str) -> Rates:
+    """The pair of rates with the best mean over seeds, of those that were run with the most."""
+    found = searched(name, variant)
+    most = max(map(len, found.values()))
+    means = {rates: statistics.mean(v.values()) for rates, v in found.items() if len(v) == most}
+    return min(means, key=means.__getitem__)
 
 
 def key(stage: str, variant: str, init_lr: float, map_lr: float, seed: int) -> tuple:
@@ -157,14 +193,14 @@ def key(stage: str, variant: str, init_lr: float, map_lr: float, seed: int) -> t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("stage", choices=("search", "final"))
+    parser.add_argument("stage", choices=("search", "confirm", "final"))
     parser.add_argument("--only", action="append", choices=VARIANTS)
     parser.add_argument("--data-dir")
     parser.add_argument("--worker", default="0/1", help="i/n: every n-th run, from the i-th")
     arguments = parser.parse_args()
     file = f"fewshot-{arguments.study}"
     worker, workers = (int(x) for x in arguments.worker.split("/"))
-    split = "val" if arguments.stage == "search" else "test"
+    split = "test" if arguments.stage == "final" else "val"
     for i, (variant, config) in enumerate(runs(arguments.study, arguments.stage, arguments.only)):
         done = {
             key(r["stage"], r["variant"], r["init_lr"], r["map_lr"], r["seed"])

@@ -3,7 +3,7 @@
 import math
 import statistics
 
-from fewshot import STUDIES, VARIANTS, best_rates
+from fewshot import SEARCH_SEEDS, STUDIES, VARIANTS, best_rates, searched
 from results import read_rows
 
 from reports.frame import COLOURS, PENDING, canvas, circumstances, part, picture, save, table
@@ -13,7 +13,7 @@ def finals(study: str) -> list[dict]:
     """The results at the rates that the search found, as far as it has been run."""
     rows = [r for r in read_rows(f"fewshot-{study}") if r["stage"] == "final"]
     best = {variant: best_rates(study, variant) for variant in {r["variant"] for r in rows}}
-    return [r for r in rows if all(r[k] == v for k, v in best[r["variant"]].items())]
+    return [r for r in rows if (r["init_lr"], r["map_lr"]) == best[r["variant"]]]
 
 
 def over_seeds(rows: list[dict]) -> tuple[float | None, float, int]:
@@ -102,24 +102,16 @@ def search_table(study: str) -> str:
     if not rows:
         return PENDING
     percent = rows[0]["metric"] == "accuracy"
-    grid = sorted({(r["init_lr"], r["map_lr"]) for r in rows})
+    columns = sorted({(r["init_lr"], r["map_lr"]) for r in rows})
     body, edges = [], []
     for variant in dict.fromkeys(r["variant"] for r in rows):
-        mine = {(r["init_lr"], r["map_lr"]): r["mean"] for r in rows if r["variant"] == variant}
-        finite = [m for m in mine.values() if m is not None]
-        best = max(finite) if percent else min(finite)
-        if at_edge := edge(mine, best, ("init",) if variant == "maml" else ("init", "map")):
+        mine = {rates: seeds[SEARCH_SEEDS[0]] for rates, seeds in searched(study, variant).items()}
+        best = min(mine.values())
+        if at_edge := edge(mine, best_rates(study, variant)):
             edges.append(f"{variant} ({at_edge})")
-
-        def cell(at: tuple, mine: dict = mine, best: float = best) -> str:
-            if at not in mine:
-                return ""
-            if mine[at] is None or (not percent and mine[at] > 1e3):
-                return "diverged"
-            text = f"{100 * mine[at]:.1f}" if percent else f"{mine[at]:.2g}"
-            return f"**{text}**" if mine[at] == best else text
-
-        body.append([variant, *[cell(at) for at in grid]])
+        cells = [shown(mine[at], percent) if at in mine else "" for at in columns]
+        bold = [mine.get(at) == best for at in columns]
+        body.append([variant, *[f"**{c}**" if b else c for c, b in zip(cells, bold, strict=True)]])
     first = rows[0]
     what = "Query accuracy in %" if percent else "Query MSE"
     title = (
@@ -127,20 +119,46 @@ def search_table(study: str) -> str:
         f"step{'s' * (first['train_steps'] != 1)}, seed {first['seed']}; columns: rates of the "
         "init / of the map (the init's alone for MAML)."
     )
-    head = ["method", *[f"{i:g} / {m:g}" for i, m in grid]]
+    head = ["method", *[f"{i:g} / {m:g}" for i, m in columns]]
     note = f"Best at an edge of what was searched: {', '.join(edges)}." if edges else ""
-    parts = [title, table(head, body), note, circumstances(rows)]
+    parts = [title, table(head, body), confirmed(study), note, circumstances(rows)]
     return "\n\n".join(part for part in parts if part)
 
 
-def edge(found: dict[tuple, float | None], best: float, names: tuple[str, ...]) -> str:
-    """Which of the rates have their best value at the end of what was searched, beside others."""
-    at = next(rates for rates, mean in found.items() if mean == best)
+def confirmed(study: str) -> str:
+    """The best pairs of the grid over all the seeds that they were run with."""
+    rows = read_rows(f"fewshot-{study}")
+    variants = dict.fromkeys(r["variant"] for r in rows if r["stage"] == "confirm")
+    percent = bool(rows) and rows[0]["metric"] == "accuracy"
+    body = []
+    for variant in variants:
+        chosen = best_rates(study, variant)
+        for rates, seeds in sorted(searched(study, variant).items()):
+            if len(seeds) > 1:
+                cells = [shown(seeds[seed], percent) for seed in sorted(seeds)]
+                mean = shown(statistics.mean(seeds.values()), percent)
+                named = f"{rates[0]:g}" + f" / {rates[1]:g}" * (variant != "maml")
+                body.append([variant, named, *cells, f"**{mean}**" if rates == chosen else mean])
+    if not body:
+        return ""
+    head = ["method", "rates", *[f"seed {seed}" for seed in SEARCH_SEEDS], "mean"]
+    return "The best of them with other seeds:\n\n" + table(head, body)
+
+
+def shown(value: float, percent: bool) -> str:
+    """A cell of a search, as ``searched`` gives it."""
+    if math.isinf(value) or (not percent and value > 1e3):
+        return "diverged"
+    return f"{-100 * value:.1f}" if percent else f"{value:.2g}"
+
+
+def edge(found: dict[tuple[float, float], float], chosen: tuple[float, float]) -> str:
+    """Which of the chosen rates are at the end of what was searched, where there is a choice."""
     told = []
-    for i, name in enumerate(names):
+    for i, name in enumerate(("init", "map")):
         values = {rates[i] for rates in found}
-        if len(values) > 1 and at[i] in (min(values), max(values)):
-            told.append(f"{name} {'lowest' if at[i] == min(values) else 'highest'}")
+        if len(values) > 1 and chosen[i] in (min(values), max(values)):
+            told.append(f"{name} {'lowest' if chosen[i] == min(values) else 'highest'}")
     return " and ".join(told)
 
 
