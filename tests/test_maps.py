@@ -198,6 +198,29 @@ def test_finite_at_the_extremes(name, options):
     assert torch.isfinite(torch.autograd.grad(y.sum(), z)[0]).all()
 
 
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize(("name", "options"), [*CASES, ("pnorm", {"p": 2.0})])
+def test_slope_at_zero(name, options, direction):
+    # Biases start there, and every displacement from an anchor.
+    torch.manual_seed(9)
+    mirror_map = learned(name, options, shapes=((1,),))
+    if mirror_map.domain != "reals" and direction == "forward":
+        pytest.skip("zero is not in the domain")
+
+    def function(x):
+        return getattr(mirror_map, direction)([x])[0]
+
+    def difference(h):
+        x = torch.tensor([h], dtype=torch.float64)
+        return ((function(x) - function(-x)) / (2 * h)).item()
+
+    x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(function(x).sum(), x)
+    coarse, fine = difference(1e-6), difference(1e-8)
+    if abs(fine) <= 1.5 * abs(coarse):  # else it is infinite there, and taken as finite
+        assert slope.item() == pytest.approx(fine, rel=1e-3, abs=1e-2)
+
+
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_starts_near_the_identity_and_serves_vmap(name, options):
     params = [torch.zeros(3, 2, dtype=torch.float64)]

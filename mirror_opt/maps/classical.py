@@ -84,12 +84,24 @@ class Diagonal(OwningMap):
         return 1 / self._extreme(largest=False)
 
 
+def _polar(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The sign of x, and |x| as a multiple of it.
+
+    The sign is a constant, 1 or -1 at 0 too, so that what is odd in x has its derivatives there.
+    """
+    sign = torch.ones((), dtype=x.dtype, device=x.device).copysign(x.detach())
+    return sign, sign * x
+
+
 def _power(r: Tensor, exponent: float) -> Tensor:
-    # r^exponent for r >= 0 whose derivative at 0 is taken as 0: below exponent 1 the true slope
-    # there is infinite and would turn every meta-gradient through a zero parameter into NaN.
+    """r^exponent for r >= 0, with each derivative at 0 that is infinite taken as 0.
+
+    It would turn every meta-gradient through a zero parameter into NaN.
+    """
+    if exponent.is_integer():
+        return r**exponent  # all are finite
     zero = r == 0
-    at_zero = 1.0 if exponent == 0 else 0.0
-    return torch.where(zero, at_zero, torch.where(zero, 1, r) ** exponent)
+    return torch.where(zero, 0.0, torch.where(zero, 1, r) ** exponent)
 
 
 # An operator, so that torch.compile passes over the solve, whose length depends on the values.
@@ -180,15 +192,17 @@ class PNorm(MirrorMap):
         self.inverse_is_closed = eps == 0
 
     def _gradient(self, x: Tensor, coefficient: None) -> Tensor:
-        return x.sign() * _power(x.abs(), self.p - 1) + self.eps * x
+        sign, r = _polar(x)
+        return sign * _power(r, self.p - 1) + self.eps * x
 
     def _gradient_conjugate(self, z: Tensor, coefficient: None) -> Tensor:
+        sign, r = _polar(z)
         if self.eps == 0:
-            return z.sign() * _power(z.abs(), 1 / (self.p - 1))
-        return z.sign() * _PNormRoot.apply(z.abs(), self.p, self.eps)
+            return sign * _power(r, 1 / (self.p - 1))
+        return sign * _PNormRoot.apply(r, self.p, self.eps)
 
     def _potential(self, x: Tensor, coefficient: None) -> Tensor:
-        return _power(x.abs(), self.p).sum() / self.p + self.eps / 2 * (x * x).sum()
+        return _power(_polar(x)[1], self.p).sum() / self.p + self.eps / 2 * (x * x).sum()
 
     def strong_convexity(self) -> Tensor:
         return torch.tensor(self.eps + (self.p == 2))
@@ -200,13 +214,11 @@ class PNorm(MirrorMap):
 def _asinh(x: Tensor) -> Tensor:
     """asinh, by functions that a CPU has for whole vectors; torch.asinh goes entry by entry there.
 
-    asinh m = log1p(m + m^2 / (1 + sqrt(1 + m^2))) for m >= 0, where nothing cancels. The sign is a
-    constant, 1 or -1 at 0 too, so that derivatives of every order are right there.
+    asinh m = log1p(m + m^2 / (1 + sqrt(1 + m^2))) for m >= 0, where nothing cancels.
     """
     if not x.is_cpu or x.dtype not in (torch.float32, torch.float64):
         return torch.asinh(x)
-    sign = torch.ones((), dtype=x.dtype).copysign(x.detach())
-    m = sign * x
+    sign, m = _polar(x)
     c = m.clamp(max=1e18)  # whose square is finite, and whose fraction below is 1
     return sign * torch.log1p(m * (1 + c / (1 + (1 + c * c).sqrt())))
 
