@@ -69,6 +69,8 @@ class MirrorMap(nn.Module):
         owns_tensors: True when the constructor takes the parameters first.
         anchored: True when the map acts on the displacement phi - phi_0 from an anchor phi_0 (the
             initial parameters), which the caller subtracts; False when it acts on phi.
+        uniform: True when grad h is one and the same function of every entry, so that a step may
+            take the entries in any blocks.
         domain: where x may lie: ``"reals"``, ``"positive"`` or ``"simplex"``.
         forward_is_closed, inverse_is_closed: False where a Newton solve is needed.
         inverse_is_batchable: False where ``inverse`` runs a solve that ``vmap`` cannot batch.
@@ -81,6 +83,7 @@ class MirrorMap(nn.Module):
     owns_tensors: ClassVar[bool] = False
     anchored: ClassVar[bool] = False
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    uniform: bool = False
     domain: str = "reals"
     forward_is_closed: bool = True
     inverse_is_closed: bool = True

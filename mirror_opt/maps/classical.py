@@ -22,6 +22,8 @@ class Euclidean(MirrorMap):
     mu = ell = 1.
     """
 
+    uniform = True
+
     def _gradient(self, x: Tensor, coefficient: None) -> Tensor:
         return x
 
@@ -98,8 +100,8 @@ def _power(r: Tensor, exponent: float) -> Tensor:
 
     It would turn every meta-gradient through a zero parameter into NaN.
     """
-    if exponent.is_integer():
-        return r**exponent  # all are finite
+    if exponent.is_integer() or not torch.is_grad_enabled():
+        return r**exponent  # there are none: the two selects would be most of a step
     zero = r == 0
     return torch.where(zero, 0.0, torch.where(zero, 1, r) ** exponent)
 
@@ -180,6 +182,7 @@ class PNorm(MirrorMap):
         (tensor([-4.,  0.,  9.]),)
     """
 
+    uniform = True
     variants: ClassVar = ({}, {"p": 3.0}, {"p": 1.1, "eps": 0.1}, {"p": 3.0, "eps": 0.5})
 
     def __init__(self, p: float = 1.5, eps: float = 0.0):
@@ -193,7 +196,8 @@ class PNorm(MirrorMap):
 
     def _gradient(self, x: Tensor, coefficient: None) -> Tensor:
         sign, r = _polar(x)
-        return sign * _power(r, self.p - 1) + self.eps * x
+        z = sign * _power(r, self.p - 1)
+        return z.add(x, alpha=self.eps) if self.eps else z
 
     def _gradient_conjugate(self, z: Tensor, coefficient: None) -> Tensor:
         sign, r = _polar(z)
@@ -236,6 +240,7 @@ class Hypentropy(MirrorMap):
             of the parameters.
     """
 
+    uniform = True
     variants: ClassVar = ({}, {"beta": 1e-3})
 
     def __init__(self, beta: float = 1.0):
@@ -283,6 +288,7 @@ class NegativeEntropy(MirrorMap):
         super().__init__()
         self.simplex = bool(simplex)
         self.domain = "simplex" if simplex else "positive"
+        self.uniform = not self.simplex
 
     def coupled(self, dims: int) -> tuple[int, ...]:
         return (dims - 1,) if self.simplex and dims else ()

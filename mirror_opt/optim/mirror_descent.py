@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 from mirror_opt.errors import InputError
 from mirror_opt.maps import Euclidean, MirrorMap
 from mirror_opt.newton import NewtonError, Status
+from mirror_opt.optim import blocks
 from mirror_opt.optim.checkpoint import adopt, checked, hide_state, pack_maps
 from mirror_opt.optim.fused import FusedStep, attempt, fused_step, may_fuse, may_fuse_scaled
 from mirror_opt.optim.options import (
@@ -27,7 +28,7 @@ from mirror_opt.optim.sharded import (
     on_shards,
 )
 from mirror_opt.optim.state import init_group
-from mirror_opt.optim.update import Update, all_finite, mirror_descent, widened
+from mirror_opt.optim.update import Update, all_finite, widened
 
 __all__ = ["MirrorDescent"]
 
@@ -326,7 +327,7 @@ class MirrorDescent(Optimizer):
         foreach = group["foreach"]
         if foreach is None:
             _, foreach = _default_to_fused_or_foreach(params, differentiable)
-        new = mirror_descent(
+        new = blocks.step(
             params,
             grads,
             buffers,

@@ -1,0 +1,126 @@
+"""Steps in blocks: what they give, when they are taken, and the memory that they need."""
+
+import pytest
+import torch
+from optim_cases import parameter
+from optim_infos import INFOS, close, every, run
+from test_optim_costs import Memory
+
+from mirror_opt import MirrorDescent, maps
+from mirror_opt.optim import blocks
+
+UNIFORM = {
+    "euclidean": maps.Euclidean(),
+    "pnorm": maps.PNorm(1.5),
+    "pnorm-eps": maps.PNorm(1.1, eps=0.1),
+    "hypentropy": maps.Hypentropy(0.1),
+    "positive": maps.NegativeEntropy(simplex=False),
+}
+SHAPES = ((4, 3), (), (17,), (0, 2), (1,), (2, 3, 2))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(blocks, "_size", lambda: 5)
+
+
+def positive(seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    draws = [torch.rand(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
+    params = [(d + 0.1).to(dtype) for d in draws]
+    params[0] = params[0].t()  # not contiguous
+    return [p.requires_grad_() for p in params]
+
+
+def counted(monkeypatch):
+    calls = []
+    function = blocks.mirror_descent
+
+    def count(params, *args, **kwargs):
+        calls.append(sum(p.numel() for p in params))
+        return function(params, *args, **kwargs)
+
+    monkeypatch.setattr(blocks, "mirror_descent", count)
+    return calls
+
+
+def test_the_maps_that_say_so_are_uniform():
+    said = {name for name, cls in maps.REGISTRY.items() if getattr(cls, "uniform", False)}
+    assert said == {"euclidean", "pnorm", "hypentropy"}
+    assert not maps.NegativeEntropy(simplex=True).uniform
+    for mirror_map in UNIFORM.values():
+        assert mirror_map.uniform
+        x = torch.rand(4, 3, dtype=torch.float64) + 0.1
+        order = torch.randperm(12)
+        for function in (mirror_map, mirror_map.inverse):
+            (z,), (shuffled,) = function([x]), function([x.view(-1)[order]])
+            torch.testing.assert_close(z.reshape(-1)[order], shuffled)
+
+
+@pytest.mark.parametrize("name", UNIFORM)
+def test_blocks_give_what_the_whole_gives(name, monkeypatch):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for case in every("pnorm", "differentiable", "foreach", "fused")[1]:
+            found = []
+            for size in (1000, 5):
+                monkeypatch.setattr(blocks, "_size", lambda size=size: size)
+                with monkeypatch.context() as patch:
+                    calls = counted(patch)
+                    params = positive(dtype=dtype)
+                    kwargs = {"lr": 0.01, **case.kwargs, "fused": False}
+                    optimizer = MirrorDescent(params, mirror_map=UNIFORM[name], **kwargs)
+                    run(optimizer, params)
+                state = [s[k] for s in optimizer.state.values() for k in sorted(s)]
+                found.append([*params, *state])
+            assert max(calls) <= 5
+            assert sum(calls) == 3 * sum(p.numel() for p in params)
+            close(*found)
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_a_block_that_fails_stops_the_whole_step(nonfinite, small_blocks):
+    for mirror_map in (maps.PNorm(1.5), maps.PNorm(1.5, eps=0.1)):
+        params = positive()
+        optimizer = MirrorDescent(params, 0.1, mirror_map, momentum=0.9, nonfinite=nonfinite)
+        run(optimizer, params, 1)
+        tensors = [*params, *(s["momentum_buffer"] for s in optimizer.state.values())]
+        before = [t.detach().clone() for t in tensors]
+        params[2].grad[-1] = torch.nan
+        if nonfinite == "raise":
+            with pytest.raises(FloatingPointError, match="gradient of parameter 2 "):
+                optimizer.step()
+        else:
+            optimizer.step()
+        assert all(map(torch.equal, tensors, before))
+
+
+def test_only_where_it_is_the_same(small_blocks, monkeypatch):
+    def steps(params, **options):
+        with monkeypatch.context() as patch:
+            calls = counted(patch)
+            optimizer = MirrorDescent(params, 0.1, **options)
+            run(optimizer, params, 1)
+        return len(calls)
+
+    eight = torch.rand(2, 4).softmax(-1)
+    assert steps([eight.clone().requires_grad_()], mirror_map=maps.PNorm()) == 2
+    for mirror_map in (
+        maps.NegativeEntropy(),
+        maps.Diagonal([eight]),
+        maps.KroneckerNeural([eight]),
+    ):
+        assert steps([eight.clone().requires_grad_()], mirror_map=mirror_map) == 1
+    assert steps([eight.clone().requires_grad_()], mirror_map=maps.PNorm(), foreach=True) == 1
+    assert steps([parameter(1.0, 2.0)], mirror_map=maps.PNorm()) == 1
+
+
+@pytest.mark.parametrize("name", ["pnorm", "hypentropy"])
+def test_peak_memory_is_that_of_the_result(name, monkeypatch):
+    size = 1 << 14
+    monkeypatch.setattr(blocks, "_size", lambda: size >> 6)
+    params = [torch.rand(size, requires_grad=True)]
+    optimizer = INFOS[name].optim_cls(params, lr=0.1)
+    run(optimizer, params, 1)
+    with Memory() as memory:
+        optimizer.step()
+    assert memory.peak <= 1.25 * 4 * size
