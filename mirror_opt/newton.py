@@ -66,6 +66,10 @@ class NewtonError(ArithmeticError):
         super().__init__(f"inverse of the mirror map, {status.name}: {status.message}")
         self.status = status
 
+    def __reduce__(self) -> tuple:
+        # An exception is copied and pickled by its message, which is not what makes this one.
+        return type(self), (self.status,)
+
 
 @dataclass(frozen=True)
 class Solution:

@@ -117,6 +117,41 @@ def close(xs, ys):
     torch.testing.assert_close(whole(xs), whole(ys), rtol=1e-10, atol=1e-12)
 
 
+@check
+def what_every_process_holds_is_rounded_stochastically_alike(world, folder):
+    ones = torch.ones(world + 1, 50, dtype=torch.bfloat16)  # uneven
+    cut = distribute_tensor(ones, mesh(world), [Shard(0)]).requires_grad_()
+    held = distribute_tensor(ones, mesh(world), [Replicate()]).requires_grad_()
+    plain = ones.clone().requires_grad_()
+    optimizer = MirrorDescent([cut, held, plain], 1e-3, rounding="stochastic")
+    torch.manual_seed(0)
+    for _ in range(5):
+        for p in (cut, held, plain):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    for x in (held.to_local(), plain):
+        of_first = x.detach().clone()
+        dist.broadcast(of_first, 0)
+        assert torch.equal(x, of_first)
+    rows = cut.full_tensor().detach()
+    assert not torch.equal(rows[0], rows[-1])  # of the first process, and of the last
+    assert not torch.equal(held.to_local(), plain)
+    torch.testing.assert_close(rows.float().mean().item(), 1 - 5e-3, rtol=0, atol=1e-3)
+
+
+@check
+def sharded_parameters_that_were_changed_are_taken_as_they_are(world, folder):
+    for name, options in CASES:
+        plain, shards, one, other = pair(name, options, mesh(world), [Shard(0)], dual_state=True)
+        step(0, plain, shards, one, other)
+        with torch.no_grad():
+            for p, q in zip(plain, shards, strict=True):
+                p.mul_(1.0 if maps.create(name, plain, **options).domain == "simplex" else 0.5)
+                q.copy_(distribute_tensor(p.detach(), q.device_mesh, q.placements))
+        step(1, plain, shards, one, other)
+        close(plain, shards)
+
+
 # The trajectory is that of one process.
 
 

@@ -1,6 +1,8 @@
 """The solvers, and the implicit derivatives of the inverse of psi."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -266,3 +268,11 @@ def test_a_coupled_solve_of_a_small_target_converges(dtype, size, options):
         for x, y in zip(back, target, strict=True):
             largest, eps = float(y.abs().max()), torch.finfo(dtype).eps
             assert (x - y).abs().max() <= max(1000 * eps, min(0.5, 100 * eps / largest)) * largest
+
+
+def test_its_error_is_copied_and_pickled():
+    error = NewtonError(Status.NONFINITE)
+    for again in (copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert type(again) is NewtonError
+        assert again.status is Status.NONFINITE
+        assert str(again) == str(error)

@@ -73,6 +73,10 @@ def test_state_dict_holds_plain_values_only():
     assert packed["state"].keys() == optimizer.param_groups[0]["mirror_map"].state_dict().keys()
 
 
+class Unregistered(maps.PNorm):
+    """A map of a user's own, with other formulas than the one that it derives from."""
+
+
 def trained(mirror_map, *values):
     p = parameter(*(values or (1.0, 2.0)))
     optimizer = MirrorDescent(
@@ -96,6 +100,11 @@ def trained(mirror_map, *values):
             r"momentum_buffer of parameter 'w' has",
         ),
         (lambda: torch.optim.SGD([parameter(1.0, 2.0)]), "load what MirrorDescent.state_dict"),
+        (
+            lambda: MirrorDescent([{"params": [parameter(1.0)]}, {"params": [parameter(2.0)]}]),
+            r"groups have \[1, 1\] parameters, the optimizer's \[1\]: load",
+        ),
+        (lambda: trained(lambda p: Unregistered()), "is of mirror map 'Unregistered' and this"),
     ],
 )
 def test_checkpoint_of_something_else_is_refused_and_changes_nothing(other, message):

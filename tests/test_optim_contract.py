@@ -1,5 +1,6 @@
 """MirrorDescent as any torch optimizer: options, groups, hooks, schedulers."""
 
+import numpy as np
 import pytest
 import torch
 from optim_cases import descend, learned, parameter, quadratic, same, snapshot, start
@@ -34,6 +35,7 @@ from mirror_opt.optim import MirrorDescent
         ({"mirror_map": maps.Hypentropy}, "Invalid mirror_map=.*pass an instance of a map"),
         ({"mirror_map": maps.Diagonal([torch.ones(3)])}, "was built for tensors of shapes"),
         ({"mirror_map": maps.NegativeEntropy()}, "not in the domain of NegativeEntropy"),
+        ({"maximize": np.array([1, 2])}, "Invalid maximize=array.*: pass one of True, False"),
     ],
 )
 def test_options_out_of_range_are_named(options, message):
@@ -54,6 +56,38 @@ def test_options_out_of_range_are_named(options, message):
 def test_parameters_are_real_floating_tensors(dtype):
     with pytest.raises(InputError, match=f"is {dtype}: pass float16, bfloat16, float32 or float64"):
         MirrorDescent([torch.ones(2, dtype=dtype)])
+
+
+def test_a_group_that_cannot_be_checked_is_not_added():
+    optimizer = MirrorDescent([parameter(1.0)])
+    rate = torch.tensor(0.1, device="meta")  # whose value no one can ask
+    with pytest.raises(RuntimeError):
+        optimizer.add_param_group({"params": [parameter(1.0)], "lr": rate})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("simplex", [True, False])
+def test_weight_decay_does_not_leave_the_domain(simplex):
+    p = parameter(0.7, 0.2, 0.1)
+    optimizer = MirrorDescent([p], 10.0, maps.NegativeEntropy(simplex), weight_decay=0.1)
+    p.grad = torch.zeros(3)
+    with pytest.raises(InputError, match=r"weight_decay=0.1 with lr=10.0 .* below 1"):
+        optimizer.step()
+    assert torch.equal(p.detach(), torch.tensor([0.7, 0.2, 0.1]))
+    optimizer.param_groups[0]["lr"] = 5.0
+    optimizer.step()
+    assert (p > 0).all()
+
+
+def test_parameters_whose_values_are_not_there_yet():
+    lazy = torch.nn.LazyLinear(2)
+    optimizer = MirrorDescent(lazy.parameters(), 0.1, maps.Hypentropy())
+    lazy(torch.ones(1, 3)).sum().backward()
+    before = lazy.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(before, lazy.weight)
+    MirrorDescent([torch.ones(3, device="meta")], mirror_map=maps.NegativeEntropy())
+    MirrorDescent([torch.ones(3, 0)], mirror_map=maps.NegativeEntropy())
 
 
 def test_errors_of_the_base_class_stay():

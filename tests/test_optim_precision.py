@@ -207,3 +207,25 @@ def test_stochastic_rounding_is_of_bfloat16_only():
     for other in ("fused", "differentiable"):
         with pytest.raises(InputError, match=f"with {other}=True: pass {other}=False"):
             MirrorDescent([p], rounding="stochastic", **{other: True})
+
+
+def test_stochastic_rounding_of_float64_state():
+    model = torch.nn.Linear(2, 2, dtype=torch.float64)
+    optimizer = MirrorDescent(
+        model.parameters(), 0.1, maps.Hypentropy(), dual_state=True, rounding="stochastic"
+    )
+    for dtype in (torch.float64, torch.bfloat16):
+        model.to(dtype)
+        optimizer.zero_grad()
+        model(torch.ones(1, 2, dtype=dtype)).sum().backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step()
+        assert not any(map(torch.equal, model.parameters(), before))
+
+
+def test_a_checkpoint_that_rounds_stochastically_is_not_of_float16():
+    saved = MirrorDescent([torch.ones(2, dtype=torch.bfloat16)], rounding="stochastic").state_dict()
+    optimizer = MirrorDescent([torch.ones(2, dtype=torch.float16)])
+    with pytest.raises(InputError, match="which is float16: pass bfloat16"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["rounding"] == "nearest"

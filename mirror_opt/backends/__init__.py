@@ -120,7 +120,10 @@ def chosen() -> str:
     if _chosen is not None:
         return _chosen
     name = os.environ.get("MIRROR_OPT_BACKEND") or "auto"
-    _check(name)
+    try:
+        _check(name)
+    except InputError as error:
+        raise InputError(f"MIRROR_OPT_BACKEND: {error}") from None
     return name
 
 

@@ -16,7 +16,7 @@ from numpy.random import Generator, Philox
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mirror_opt.errors import InputError
+from mirror_opt.errors import InputError, is_integer
 from mirror_opt.fewshot.models import Conv4
 
 __all__ = ["SPLITS", "Episodes", "ImageSet", "ImageTasks", "TaskFamily"]
@@ -273,5 +273,5 @@ class ImageTasks(TaskFamily):
 
 def _check_whole(option: str, value: object, least: int) -> None:
     # bool is an int to Python, and True shots is a mistake.
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
+    if not is_integer(value) or not least <= value < 2**63:
         raise InputError(f"{option} is {value!r}: pass a whole number, at least {least}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mirror_opt.errors import InputError
+from mirror_opt.errors import InputError, is_integer
 from mirror_opt.fewshot.episodes import SPLITS, ImageSet, ImageTasks
 from mirror_opt.fewshot.images import ImageFile, fingerprint, inspect, list_images, read_images
 
@@ -65,7 +65,7 @@ class ImageFolder(ImageTasks):
         first = next(iter(splits["train"].values()))[0]
         side, channels = inspect(first)
         size = min(side, _LARGEST_DEFAULT) if image_size is None else image_size
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        if not is_integer(size) or size < 1:
             raise InputError(f"image_size is {size!r}: pass the side of the images in pixels")
         sets = {split: _read(classes, size, channels) for split, classes in splits.items()}
         super().__init__(sets, ways=ways, shots=shots, queries=queries, seed=seed)

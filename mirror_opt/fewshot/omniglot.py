@@ -9,7 +9,7 @@ from urllib.request import urlopen
 
 import numpy as np
 
-from mirror_opt.errors import InputError
+from mirror_opt.errors import InputError, is_integer
 from mirror_opt.fewshot.cache import cache_dir
 from mirror_opt.fewshot.episodes import ImageSet, ImageTasks
 from mirror_opt.fewshot.images import ImageFile, fingerprint, list_images, read_images
@@ -95,7 +95,7 @@ class Omniglot(ImageTasks):
             test = [c for c in ordered if c.startswith(_PARTS[1])]
         if not isinstance(rotations, bool):
             raise InputError(f"rotations is {rotations!r}: pass True or False")
-        if not isinstance(validation, int) or not 0 <= validation < len(train):
+        if not is_integer(validation) or not 0 <= validation < len(train):
             raise InputError(
                 f"validation is {validation}: pass how many of the {len(train)} training "
                 "characters to keep for validation, or 0"

@@ -63,7 +63,7 @@ class MirrorMap(nn.Module):
     ``_gradient_conjugate`` and ``_potential`` or ``_conjugate``.
 
     Attributes:
-        name: the name in the registry.
+        name: the name in the registry; that of the class where it is not registered.
         summary: one line for listings.
         is_dgf: False for a transform of the gradient that is no gradient of a convex function.
         owns_tensors: True when the constructor takes the parameters first.
@@ -88,6 +88,11 @@ class MirrorMap(nn.Module):
     forward_is_closed: bool = True
     inverse_is_closed: bool = True
     inverse_is_batchable: bool = True
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        # Until it is registered: its checkpoints are not those of the map that it derives from.
+        cls.name, cls.summary = cls.__qualname__, ""
 
     # The mathematics, tensor by tensor.
 
@@ -178,13 +183,11 @@ class MirrorMap(nn.Module):
         """
         # Zero is let in: steps reach it by underflow, and a resumed run must be able to start
         # there.
-        outside = {
-            "reals": lambda p: False,
-            "positive": lambda p: not bool((p >= 0).all()),
-            "simplex": lambda p: not self._on_simplex(p),
-        }[self.domain]
+        if self.domain == "reals":
+            return  # whatever the values, and where there are none yet
+        inside = self._on_simplex if self.domain == "simplex" else self._is_positive
         for i, p in enumerate(params):
-            if outside(p.detach()):
+            if p.numel() and not p.is_meta and not inside(p.detach()):
                 raise InputError(
                     f"parameter {i} of shape {tuple(p.shape)} is not in the domain of "
                     f"{type(self).__name__} ({self.domain}): initialise it with positive entries"
@@ -192,9 +195,13 @@ class MirrorMap(nn.Module):
                 )
 
     @staticmethod
-    def _on_simplex(p: Tensor) -> bool:
+    def _is_positive(p: Tensor) -> bool:
+        return bool((p >= 0).all())
+
+    @classmethod
+    def _on_simplex(cls, p: Tensor) -> bool:
         total = p.double().sum(-1)
-        return bool((p >= 0).all()) and bool(((total - 1).abs() < 1e-2).all())
+        return cls._is_positive(p) and bool(((total - 1).abs() < 1e-2).all())
 
     # Over the tensors.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mirror_opt.dtypes import at_least_float32
-from mirror_opt.errors import InputError
+from mirror_opt.errors import InputError, is_integer, is_number
 from mirror_opt.maps.base import Profile, Tensors, _Batch, register
 from mirror_opt.maps.modes import fused_mode, mode_product, mode_sizes
 from mirror_opt.maps.separable import NeuralMap, NeuralUnits, Separable, alike
@@ -191,10 +191,12 @@ class KroneckerNeural(NeuralMap):
     ):
         params = list(params)
         super().__init__(params, parametrization, units, rho, sigma)
-        if not (isinstance(terms, int) and terms >= 1):
+        if not (is_integer(terms) and terms >= 1):
             raise InputError(f"Invalid {terms=}: pass an integer of at least 1")
-        if not (0 <= eps < 1):
+        if not (is_number(eps) and 0 <= eps < 1):
             raise InputError(f"Invalid {eps=}: pass a number in [0, 1)")
+        if not is_integer(seed):
+            raise InputError(f"Invalid {seed=}: pass an integer")
         self.terms, self.eps = terms, float(eps)
         self.elementwise = terms == 1 and eps == 0  # then F = M^T S M has an elementwise solve
         self.inverse_is_batchable = self.inverse_is_closed or self.elementwise

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mirror_opt.dtypes import at_least_float32
-from mirror_opt.errors import InputError
+from mirror_opt.errors import InputError, is_integer, is_number
 from mirror_opt.maps.base import OwningMap, Profile, Tensors, register
 from mirror_opt.ops import separable_forward, separable_inverse
 from mirror_opt.reference import SIGMAS, Units, psi, psi_integral, psi_slope_bounds
@@ -158,11 +158,11 @@ class NeuralMap(OwningMap):
     ):
         if parametrization not in ("primal", "dual"):
             raise InputError(f"Invalid {parametrization=}: pass 'primal' or 'dual'")
-        if not (isinstance(units, int) and units >= 0):
+        if not (is_integer(units) and units >= 0):
             raise InputError(f"Invalid {units=}: pass an integer of at least 0 (0: psi linear)")
-        if not (0 < rho < 1):
+        if not (is_number(rho) and 0 < rho < 1):
             raise InputError(f"Invalid {rho=}: pass a number between 0 and 1, both excluded")
-        if sigma not in SIGMAS:
+        if not (isinstance(sigma, str) and sigma in SIGMAS):
             raise InputError(f"Invalid {sigma=}: pass one of {', '.join(SIGMAS)}")
         super().__init__(params)
         self.parametrization = parametrization

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mirror_opt.dtypes import at_least_float32
-from mirror_opt.errors import InputError
+from mirror_opt.errors import InputError, is_integer, is_number
 from mirror_opt.maps.base import MirrorMap
 from mirror_opt.maps.classical import Euclidean
 from mirror_opt.meta.adapted import Adapted, AdaptedBatch, Evaluation, raise_nonfinite
@@ -76,11 +76,12 @@ class MetaLearner(nn.Module):
         nonfinite: str = "raise",
     ):
         super().__init__()
-        if not (isinstance(lr, int | float) and 0 < lr < float("inf")):
+        if not (is_number(lr) and 0 < lr < float("inf")):
             raise InputError(f"Invalid {lr=}: pass a finite step size above 0")
         horizon = tuple(steps) if isinstance(steps, tuple | list) else (steps, steps)
-        whole = all(isinstance(k, int) and not isinstance(k, bool) for k in horizon)
-        if not (whole and len(horizon) == 2 and 1 <= horizon[0] <= horizon[1]):
+        if not (
+            all(map(is_integer, horizon)) and len(horizon) == 2 and 1 <= horizon[0] <= horizon[1]
+        ):
             raise InputError(f"Invalid {steps=}: pass an integer >= 1 or a pair 1 <= low <= high")
         _check_guard(guard)
         if nonfinite not in ("raise", "skip"):
@@ -359,7 +360,7 @@ class MetaLearner(nn.Module):
     def _check_steps(self, steps: int | None) -> int:
         if steps is None:
             return self.steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        if not is_integer(steps) or steps < 0:
             raise InputError(f"Invalid {steps=}: pass an integer of at least 0")
         return steps
 

@@ -41,6 +41,8 @@ def step(
         given, results = block[: len(lists)], block[len(lists) :]
         count = len(given[0])
         options |= {"slots": [*range(count)], "count": count}  # the map has nothing for a slot
+        if options["draws"] is not None:
+            options["draws"] = [None] * count
         for xs, ys in zip(results, mirror_descent(*given, **options), strict=True):
             for x, y in zip(xs, ys, strict=True):
                 x.copy_(y)

@@ -12,6 +12,7 @@ from mirror_opt.maps import MirrorMap
 from mirror_opt.optim.options import (
     Group,
     check_options,
+    check_rounding,
     is_anchored,
     parameter_name,
     state_dtype,
@@ -48,11 +49,19 @@ def hide_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, An
         InputError: ``state_dict`` is not built as one is.
     """
     ids: list[int | str] = []
+    counts = []
     saved = checked(state_dict, "state dict", dict)
     for i, group in enumerate(checked(saved.get("param_groups"), "param_groups", list)):
         params = checked(group, f"group {i}", dict).get("params")
-        for p in checked(params, f"params of group {i}", list):
+        counts.append(len(checked(params, f"params of group {i}", list)))
+        for p in params:
             ids.append(checked(p, f"id of a parameter of group {i}", int, str))
+    own = [len(group["params"]) for group in optimizer.param_groups]
+    if counts != own:
+        raise InputError(
+            f"the checkpoint's groups have {counts} parameters, the optimizer's {own}: load a "
+            "checkpoint of the same model and the same groups"
+        )
     state = dict(checked(saved.get("state"), "state", dict))
     for p in state.keys() & ids:
         values = checked(state[p], f"state of parameter {p}", dict)
@@ -180,6 +189,7 @@ def _check_group(own: Group, group: Group) -> None:
     if missing:
         raise InputError(f"the checkpoint's group has no {', '.join(sorted(missing))}: {_ADVICE}")
     check_options({**group, "mirror_map": own["mirror_map"]})
+    check_rounding(group)
     names = checked(group.get("param_names", []), "param_names", list)
     for name in names:
         checked(name, "name of a parameter", str)

@@ -249,8 +249,6 @@ def _separable_refusal(lists: Lists, dtypes: set[torch.dtype]) -> str | None:
     if not isinstance(mirror_map, SeparableNeural):
         name = type(mirror_map).__name__
         return f"there is a fused step for SeparableNeural and Euclidean, not for {name}"
-    if [p.shape for p in lists.group["params"]] != mirror_map.shapes:
-        return "parameters have changed their shape"
     if torch.float64 in dtypes and len(dtypes) > 1:
         return "float64 and other parameters or gradients are in one group"
     dtype = at_least_float32(param.dtype)

@@ -1,7 +1,7 @@
 """MirrorDescent: the optimizer around the update, with its state and its checkpoints."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -18,16 +18,15 @@ from mirror_opt.optim.fused import FusedStep, attempt, fused_step, may_fuse, may
 from mirror_opt.optim.options import (
     RUN_OPTIONS,
     Group,
+    check_decay,
     check_group,
     check_options,
+    keeps_dual,
 )
 from mirror_opt.optim.plan import Lists, Plan, attempt_each, failure
-from mirror_opt.optim.sharded import (
-    agreed,
-    meshes,
-    on_shards,
-)
-from mirror_opt.optim.state import init_group
+from mirror_opt.optim.rounding import generators
+from mirror_opt.optim.sharded import agreed, is_sharded, meshes, on_shards, versions
+from mirror_opt.optim.state import States
 from mirror_opt.optim.update import Update, all_finite, widened
 
 __all__ = ["MirrorDescent"]
@@ -53,9 +52,11 @@ class MirrorDescent(Optimizer):
     **Dual state.** Stateless, z is computed from phi in every step. With a dual state the
     displacement zeta = z - z_0 is kept in at least float32: no rounding builds up, grad h is not
     evaluated, and zeta is the master copy of float16 and bfloat16 parameters. Weight decay acts on
-    phi, so that z is then recomputed in every step from the decayed, unrounded grad h*(z). The dual
-    state owns the parameters: who changes them by hand drops ``optimizer.state[p]["dual"]``, and
-    the next step takes z from the new values.
+    phi, so that z is then recomputed in every step from the decayed, unrounded grad h*(z).
+    Parameters that were written to since (weights clipped, masked or loaded), or a map that is
+    another, are seen, and z taken from them anew. Not seen are values that come in by ``p.data``, a
+    map whose own tensors have changed, and anything between compiled steps: there, delete
+    ``optimizer.state[p]["dual"]``.
 
     **NaN and Inf**, in a gradient or in what the map makes of it. A step changes all parameters and
     their state or nothing. ``"raise"`` raises FloatingPointError. ``"skip"`` skips the step, by a
@@ -159,6 +160,7 @@ class MirrorDescent(Optimizer):
             "nonfinite": nonfinite,
         }
         check_options(defaults)
+        self._written: dict[int, tuple[list, MirrorMap]] = {}  # of groups, by their id
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -174,7 +176,7 @@ class MirrorDescent(Optimizer):
         _drop_repeated(group)
         try:
             check_group(group, self.defaults)
-        except InputError:
+        except BaseException:
             self.param_groups.pop()
             raise
 
@@ -188,8 +190,9 @@ class MirrorDescent(Optimizer):
             The loss that ``closure`` returned, or None.
 
         Raises:
-            InputError: a gradient is sparse, ``differentiable`` meets a leaf tensor, or the first
-                step is captured in a CUDA graph.
+            InputError: a gradient is sparse, a parameter has changed its shape, weight decay would
+                leave the map's domain, ``differentiable`` meets a leaf tensor, or the first step
+                is captured in a CUDA graph.
             FloatingPointError, NewtonError: a result is not finite; see ``nonfinite``.
         """
         loss = None
@@ -202,15 +205,36 @@ class MirrorDescent(Optimizer):
         return loss
 
     def _step(self) -> None:
-        shared = meshes(p for group in self.param_groups for p in group["params"])
-        if shared and torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             # Traced, the shards do not end where they do eagerly.
-            return self._step_outside_graphs()
+            sharded = any(is_sharded(p) for group in self.param_groups for p in group["params"])
+            self._step_outside_graphs() if sharded else self._take_step()
+            return
+        self._states = States(self.state)
+        taken = None
+        try:
+            taken = self._take_step()
+        except BaseException:
+            # GradScaler removes what it has set only after a step that returns.
+            vars(self).pop("grad_scale", None)
+            vars(self).pop("found_inf", None)
+            raise
+        finally:
+            if taken is None:
+                self._states.undo()
+            del self._states
+        for lists in taken or []:
+            if lists.duals:
+                self._written[id(lists.group)] = (self._counts(lists), lists.group["mirror_map"])
+
+    def _take_step(self) -> list[Lists] | None:
+        """Takes a step; what it read, or None where nothing but new state has changed."""
+        shared = meshes(p for group in self.param_groups for p in group["params"])
         policy = self._nonfinite_policy()
         grad_scale, stop = self._from_scaler(shared)
         if stop is not None and self._may_read(stop, policy):
             if stop:
-                return
+                return None
             stop = None
         # A solve that fails in one process must not keep it from meeting the others: go on.
         failures: list[NewtonError] = []
@@ -219,7 +243,8 @@ class MirrorDescent(Optimizer):
         if alone and not self.defaults["differentiable"]:
             status = attempt(lists[0], grad_scale)
             if status is not None:
-                return self._check(status)
+                self._check(status)
+                return lists
         fused, found_inf = self._fused_steps(lists, policy, shared, grad_scale)
         unfused = [x for x, step in zip(lists, fused, strict=True) if step is None]
         plans = attempt_each(
@@ -235,18 +260,24 @@ class MirrorDescent(Optimizer):
             if policy == "raise" or self.defaults["differentiable"] or failures:
                 if not keep:
                     if policy == "skip":
-                        return
+                        return None
                     raise failure(self.param_groups, plans, failures)
                 keep = None
         if stop is not None:
             keep = stop == 0 if keep is None else keep & (stop == 0).to(keep.device)
-        for plan in plans:
-            self._commit(plan, keep)
         if keep is not None and any(fused):
             stop = (~keep).float()
             found_inf = stop if found_inf is None else torch.maximum(found_inf, stop.to(found_inf))
+        if not torch.compiler.is_compiling() and self._states.changed:
+            # The one step that a skip has to be known of: it keeps no state that it has made.
+            stops = [keep is not None and ~keep, any(fused) and found_inf is not None and found_inf]
+            if any(map(bool, stops)):
+                return None
+        for plan in plans:
+            self._commit(plan, keep)
         for step in filter(None, fused):
             self._check(step.take(found_inf, grad_scale))
+        return lists
 
     @torch.compiler.disable
     def _step_outside_graphs(self) -> None:
@@ -306,12 +337,38 @@ class MirrorDescent(Optimizer):
     def _init_group(self, *lists: Any) -> None:
         # torch.compile knows this name from torch's own optimizers: it calls the method once,
         # outside the graph, and takes the tensors from the lists.
-        init_group(self.state, Lists(*lists))
+        if torch.compiler.is_compiling() or not hasattr(self, "_states"):
+            States(self.state).init_group(Lists(*lists))
+        else:
+            self._states.init_group(Lists(*lists), self._changed(lists[0]))
 
     def _collect(self, group: Group) -> Lists:
         lists = Lists(group, [], [], [], [], [], [], [])
         self._init_group(*lists)
         return lists
+
+    def _changed(self, group: Group) -> Collection[Tensor]:
+        """Parameters beside a dual state that do not hold what it has written there."""
+        if id(group) not in self._written or not keeps_dual(group):
+            return ()
+        seen, mirror_map = self._written[id(group)]
+        now = versions(group["params"])
+        if mirror_map is not group["mirror_map"]:
+            return set(group["params"])
+        if now == seen:
+            return ()
+        return {p for p, x, y in zip(group["params"], now, seen, strict=False) if x != y}
+
+    def _counts(self, lists: Lists) -> list:
+        """The versions of the group's parameters as this step, and of others an earlier, left
+        them."""
+        now = versions(lists.group["params"])
+        if len(lists.slots) < len(now) and id(lists.group) in self._written:
+            stepped, (seen, _) = set(lists.slots), self._written[id(lists.group)]
+            return [
+                x if i in stepped else y for i, (x, y) in enumerate(zip(now, seen, strict=False))
+            ]
+        return now
 
     def _plan(self, lists: Lists, grad_scale: Tensor | None) -> Plan:
         """A group's step before it is taken."""
@@ -324,6 +381,8 @@ class MirrorDescent(Optimizer):
             )
         if grad_scale is not None:
             grads = [g / grad_scale.to(g.device) for g in widened(grads)]
+        check_decay(group)
+        stochastic = group["rounding"] == "stochastic"
         foreach = group["foreach"]
         if foreach is None:
             _, foreach = _default_to_fused_or_foreach(params, differentiable)
@@ -344,7 +403,7 @@ class MirrorDescent(Optimizer):
             maximize=group["maximize"],
             foreach=foreach,
             differentiable=differentiable,
-            stochastic=group["rounding"] == "stochastic",
+            draws=generators(group["params"], slots) if stochastic else None,
         )
         return Plan(group, foreach, slots, grads, Update(params, buffers, duals), new)
 
@@ -398,6 +457,7 @@ class MirrorDescent(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called by pickle and deep copies with everything, by load_state_dict without defaults.
+        self._written = {}
         loading = "defaults" not in state
         defaults = self.defaults if loading else state["defaults"]
         defaults.setdefault("differentiable", False)

@@ -1,22 +1,23 @@
 """Legal options of a parameter group, and what follows from them."""
 
 import math
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mirror_opt.dtypes import at_least_float32
-from mirror_opt.errors import InputError
+from mirror_opt.errors import InputError, is_number
 from mirror_opt.maps import MirrorMap
 from mirror_opt.optim.sharded import check_placements, is_sharded, whole
 
 __all__ = [
     "RUN_OPTIONS",
     "Group",
+    "check_decay",
     "check_group",
     "check_options",
+    "check_rounding",
     "is_anchored",
     "keeps_dual",
     "parameter_name",
@@ -77,7 +78,7 @@ def check_options(options: Group) -> None:
     _check_number("momentum", options["momentum"], 1)
     _check_number("weight_decay", options["weight_decay"], math.inf)
     for name, choices in _CHOICES.items():
-        if isinstance(options[name], Tensor) or options[name] not in choices:
+        if not isinstance(options[name], bool | str | None) or options[name] not in choices:
             legal = ", ".join(map(repr, choices))
             raise InputError(f"Invalid {name}={options[name]!r}: pass one of {legal}")
     if options["nesterov"] and options["momentum"] == 0:
@@ -112,11 +113,7 @@ def check_group(group: Group, defaults: Group) -> None:
                 f"{parameter_name(group, slot)} is {p.dtype}: pass float16, bfloat16, float32 or "
                 "float64, and for complex numbers a parameter whose view_as_complex is used"
             )
-        if group["rounding"] == "stochastic" and p.dtype == torch.float16:
-            raise InputError(
-                f"Invalid rounding='stochastic' for {parameter_name(group, slot)}, which is "
-                "float16: pass bfloat16 parameters, or rounding='nearest'"
-            )
+    check_rounding(group)
     check_placements(group["params"])
     if group["differentiable"] and any(map(is_sharded, group["params"])):
         raise InputError("Invalid differentiable=True with DTensor parameters: pass plain tensors")
@@ -130,8 +127,37 @@ def check_group(group: Group, defaults: Group) -> None:
         )
 
 
+def check_rounding(group: Group) -> None:
+    """Raises InputError where a parameter is of a dtype that is not rounded as was asked."""
+    for slot, p in enumerate(group["params"]):
+        if group["rounding"] == "stochastic" and p.dtype == torch.float16:
+            raise InputError(
+                f"Invalid rounding='stochastic' for {parameter_name(group, slot)}, which is "
+                "float16: pass bfloat16 parameters, or rounding='nearest'"
+            )
+
+
+def check_decay(group: Group) -> None:
+    """Raises InputError for a decay that takes positive parameters out of their domain.
+
+    As far as the rate can be read without a synchronisation or a cut graph.
+    """
+    lr, decay, domain = group["lr"], group["weight_decay"], group["mirror_map"].domain
+    if decay == 0 or domain == "reals" or torch.compiler.is_compiling():
+        return
+    if isinstance(lr, Tensor):
+        if not lr.is_cpu:
+            return
+        lr = lr.detach().item()
+    if lr * decay >= 1:
+        raise InputError(
+            f"Invalid weight_decay={decay!r} with {lr=} for parameters that are to stay "
+            f"{'on the simplex' if domain == 'simplex' else 'positive'}: their product has to be "
+            "below 1" + ", and decay is without effect there" * (domain == "simplex")
+        )
+
+
 def _check_number(name: str, value: Any, upper: float) -> None:
     number = value.item() if isinstance(value, Tensor) and name == "lr" else value
-    real = isinstance(number, Real) and not isinstance(number, bool)
-    if not real or not 0 <= number < upper:
+    if not is_number(number) or not 0 <= number < upper:
         raise InputError(f"Invalid {name}={value!r}: pass a number in [0, {upper})")

@@ -71,10 +71,13 @@ def failure(groups: list[Group], plans: list[Plan], failures: list[NewtonError])
 
 def _nonfinite_gradient(groups: list[Group]) -> str | None:
     """Names the first gradient that is not finite."""
-    for group in groups:
+    for i, group in enumerate(groups):
+        unnamed = len(groups) > 1 and "param_names" not in group
+        where = f" (group {i})" if unnamed else ""
         for slot, p in enumerate(group["params"]):
             if p.grad is not None and p.numel() > 0 and not all_finite([local(p.grad)]):
-                return f"the gradient of {parameter_name(group, slot)} holds NaN or Inf; {_ADVICE}"
+                name = parameter_name(group, slot) + where
+                return f"the gradient of {name} holds NaN or Inf; {_ADVICE}"
     return None
 
 

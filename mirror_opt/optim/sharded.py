@@ -7,6 +7,7 @@ dimension, on its way into the map only, and each process keeps its shard of wha
 """
 
 import functools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -30,11 +31,14 @@ __all__ = [
     "meshes",
     "on_shards",
     "placed_as",
+    "shard_index",
+    "versions",
     "whole",
 ]
 
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
+_version = operator.attrgetter("_version")
 
 
 def is_sharded(x: Any) -> bool:
@@ -68,6 +72,24 @@ def placed_as(x: Any, p: Any) -> Tensor:
 def from_shard(x: Any, p: Any) -> Tensor:
     """The tensor in the shape of p whose local shard is x; of a plain tensor x itself."""
     return _on_mesh(x, p, p.placements) if is_sharded(p) else x
+
+
+def shard_index(p: Any) -> tuple[int, ...]:
+    """Which of the shards of p this process holds; equal where they hold the same."""
+    if not is_sharded(p):
+        return ()
+    at = p.device_mesh.get_coordinate()
+    return tuple(i for i, placement in zip(at, p.placements, strict=True) if _is_cut(placement))
+
+
+def versions(params: Sequence[Any]) -> list:
+    """How often each was written to in place, as far as torch counts: as a whole, and its shard."""
+    try:
+        if all(type(p) in _PLAIN for p in params):
+            return list(map(_version, params))
+        return [(p._version, local(p)._version) for p in params]
+    except RuntimeError:  # of an inference tensor there is no count
+        return [-1 if p.is_inference() else p._version for p in params]
 
 
 def gradient(p: Any) -> Tensor:

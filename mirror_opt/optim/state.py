@@ -1,5 +1,6 @@
 """The state of a step: momentum, anchor and dual state, created where they are missing."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -17,72 +18,159 @@ from mirror_opt.optim.plan import Lists
 from mirror_opt.optim.sharded import from_shard, gradient, is_sharded, local, on_shards
 from mirror_opt.optim.update import Tensors, through, widened
 
-__all__ = ["init_group"]
+__all__ = ["States"]
 
 
-def init_group(states: dict[Tensor, Any], lists: Lists) -> None:
-    """Collects what a step of the group reads, and creates the state that is missing."""
-    group, slots, params, grads, buffers, anchors, dual_inits, duals = lists
-    anchored = is_anchored(group)
-    stateless = group["momentum"] == 0 and not anchored
-    for slot, p in enumerate(group["params"]):
-        grad = p.grad
-        if grad is None or p.numel() == 0:
-            continue
-        if grad.layout is not torch.strided:
-            raise InputError(
-                f"the gradient of {parameter_name(group, slot)} is {grad.layout}: make it "
-                "dense (sparse=False in an embedding), or give it to torch.optim.SparseAdam"
-            )
-        slots.append(slot)
-        if is_sharded(p):
-            params.append(local(p))
-            grads.append(local(gradient(p)))
-        else:
-            params.append(p)
-            grads.append(grad)
-        if stateless:
-            continue
-        state, dtype = states[p], state_dtype(p, group)
-        if not state:
-            _check_not_captured(p)
-        if group["momentum"] != 0:
-            # Zeros make mu 0 + g = g of the first step, as SGD's special case does.
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)
-            buffers.append(local(state["momentum_buffer"]))
-        if anchored:
-            if "anchor" not in state:
-                state["anchor"] = p.to(dtype, copy=True)
-            anchors.append(local(state["anchor"]))
-    if keeps_dual(group):
-        _init_dual(states, group, params, anchors, slots)
-        own = [states[group["params"][slot]] for slot in slots]
-        duals.extend(local(state["dual"]) for state in own)
-        if not anchored:
-            dual_inits.extend(local(state["dual_init"]) for state in own)
+class States:
+    """The state of an optimizer's parameters, which a step that is not taken leaves as it was.
+
+    Args:
+        states: the optimizer's ``state``.
+    """
+
+    def __init__(self, states: dict[Tensor, dict[str, Any]]):
+        self._states = states
+        self._replaced: list[tuple[Tensor, str, Tensor | None]] = []
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was set."""
+        return bool(self._replaced)
+
+    def undo(self) -> None:
+        """Takes back all that was set."""
+        for p, key, old in reversed(self._replaced):
+            if old is not None:
+                self._states[p][key] = old
+                continue
+            del self._states[p][key]
+            if not self._states[p]:
+                del self._states[p]
+
+    def _set(self, p: Tensor, key: str, value: Tensor) -> None:
+        state = self._states[p]
+        self._replaced.append((p, key, state.get(key)))
+        state[key] = value
+
+    def init_group(self, lists: Lists, stale: Collection[Tensor] = ()) -> None:
+        """Collects what a step of the group reads, and creates the state that is missing.
+
+        Args:
+            lists: the group, and its lists to be filled.
+            stale: parameters that someone else has changed since the last step, whose dual state
+                is to be made from them anew.
+
+        Raises:
+            InputError: a gradient is sparse, or a parameter has changed its shape.
+        """
+        group, slots, params, grads, buffers, anchors, dual_inits, duals = lists
+        anchored = is_anchored(group)
+        stateless = group["momentum"] == 0 and not anchored
+        shapes = getattr(group["mirror_map"], "shapes", None)
+        for slot, p in enumerate(group["params"]):
+            grad = p.grad
+            if grad is None or p.numel() == 0:
+                continue
+            if grad.layout is not torch.strided:
+                raise InputError(
+                    f"the gradient of {parameter_name(group, slot)} is {grad.layout}: make it "
+                    "dense (sparse=False in an embedding), or give it to torch.optim.SparseAdam"
+                )
+            if shapes is not None and p.shape != shapes[slot]:
+                raise _changed_shape(group, slot, "its mirror map", shapes[slot])
+            slots.append(slot)
+            if is_sharded(p):
+                params.append(local(p))
+                grads.append(local(gradient(p)))
+            else:
+                params.append(p)
+                grads.append(grad)
+            if stateless:
+                continue
+            state = self._states.get(p)
+            if not state:
+                _check_not_captured(p)
+                state = {}
+            if group["momentum"] != 0:
+                # Zeros make mu 0 + g = g of the first step, as SGD's special case does.
+                buffer = state.get("momentum_buffer")
+                if buffer is None:
+                    buffer = torch.zeros_like(p, dtype=state_dtype(p, group))
+                    self._set(p, "momentum_buffer", buffer)
+                buffers.append(local(buffer))
+            if anchored:
+                anchor = state.get("anchor")
+                if anchor is None:
+                    anchor = p.to(state_dtype(p, group), copy=True)
+                    self._set(p, "anchor", anchor)
+                anchors.append(local(anchor))
+        if keeps_dual(group):
+            self._init_duals(lists, stale)
+            own = [self._states[group["params"][slot]] for slot in slots]
+            duals.extend(local(state["dual"]) for state in own)
+            if not anchored:
+                dual_inits.extend(local(state["dual_init"]) for state in own)
+        if shapes is None:  # else the parameters have the shapes of the map, and so of their state
+            for xs in filter(None, (buffers, anchors, dual_inits, duals)):
+                for slot, p, x in zip(slots, params, xs, strict=True):
+                    if x.shape != p.shape:
+                        raise _changed_shape(group, slot, "the state of earlier steps", x.shape)
+
+    def _init_duals(self, lists: Lists, stale: Collection[Tensor]) -> None:
+        group, slots, anchors = lists.group, lists.slots, lists.anchors
+        whole = [group["params"][slot] for slot in slots]
+        needed = {"dual"} if anchors else {"dual", "dual_init"}
+        missing = [
+            i
+            for i, p in enumerate(whole)
+            if p in stale or not needed <= self._states.get(p, {}).keys()
+        ]
+        if not missing:
+            return
+        _check_not_captured(whole[missing[0]])
+        xs = [self._unrounded(lists, i) for i in missing]
+        if anchors:
+            xs = [x - anchors[i] for x, i in zip(xs, missing, strict=True)]
+        zs = _through(lists, missing, xs)
+        for i, z in zip(missing, zs, strict=True):
+            p, z = whole[i], from_shard(z, whole[i])
+            if anchors:  # z of a displacement is a displacement already: z_0 is zero
+                self._set(p, "dual", z)
+            else:
+                self._set(p, "dual", torch.zeros_like(z))
+                self._set(p, "dual_init", z)
+
+    def _unrounded(self, lists: Lists, i: int) -> Tensor:
+        """A copy of a parameter in at least float32; entries that still are what a dual state was
+        rounded to, as that has them."""
+        (x,) = widened([lists.params[i]], copy=True)
+        state = self._states.get(lists.group["params"][lists.slots[i]], {})
+        if "dual" not in state or x.dtype == lists.params[i].dtype:
+            return x
+        z = local(state["dual"])
+        if "dual_init" in state:
+            z = z + local(state["dual_init"])
+        (old,) = _through(lists, [i], [z], inverse=True)
+        if lists.anchors:
+            old = old + lists.anchors[i]
+        return torch.where(old.to(lists.params[i].dtype) == lists.params[i], old, x)
 
 
-def _init_dual(
-    states: dict[Tensor, Any], group: Group, params: Tensors, anchors: Tensors, slots: list[int]
-) -> None:
-    whole = [group["params"][slot] for slot in slots]
-    missing = [i for i, p in enumerate(whole) if "dual" not in states[p]]
-    if not missing:
-        return
-    _check_not_captured(whole[missing[0]])
-    xs = widened([params[i] for i in missing], copy=True)
-    if anchors:
-        xs = [x - anchors[i] for x, i in zip(xs, missing, strict=True)]
-    slots = [slots[i] for i in missing]
+def _through(lists: Lists, places: list[int], xs: Tensors, inverse: bool = False) -> Tensors:
+    """The map, or its inverse, of tensors that belong to the parameters at these places."""
+    group = lists.group
     mirror_map = on_shards(group["mirror_map"], group["params"])
-    zs = through(mirror_map, xs, slots, len(group["params"]))
-    for i, z in zip(missing, zs, strict=True):
-        state, z = states[whole[i]], from_shard(z, whole[i])
-        if anchors:  # z of a displacement is a displacement already: z_0 is zero
-            state["dual"] = z
-        else:
-            state["dual"], state["dual_init"] = torch.zeros_like(z), z
+    function = mirror_map.inverse if inverse else mirror_map
+    return through(function, xs, [lists.slots[i] for i in places], len(group["params"]))
+
+
+def _changed_shape(group: Group, slot: int, whose: str, shape: tuple[int, ...]) -> InputError:
+    found = tuple(group["params"][slot].shape)
+    return InputError(
+        f"{parameter_name(group, slot)} is of shape {found} now, and {whose} of {tuple(shape)}: "
+        "build the optimizer anew where parameters change their shape, and a map that owns tensors "
+        "too"
+    )
 
 
 def _check_not_captured(p: Tensor) -> None:

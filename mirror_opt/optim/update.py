@@ -52,7 +52,7 @@ def mirror_descent(
     maximize: bool,
     foreach: bool,
     differentiable: bool,
-    stochastic: bool = False,
+    draws: Sequence[torch.Generator | None] | None = None,
 ) -> Update:
     r"""The equations of ``MirrorDescent`` for one parameter group.
 
@@ -62,7 +62,7 @@ def mirror_descent(
         anchors: phi_0; empty when the anchor is zero.
         dual_inits: z_0; empty when it is zero.
         duals: zeta = z - z_0; empty for a stateless step.
-        stochastic: round bfloat16 parameters stochastically.
+        draws: round bfloat16 parameters stochastically, each with this generator.
         mirror_map: acts on ``count`` tensors, of which these are the ones at ``slots``.
 
     Returns:
@@ -103,10 +103,10 @@ def mirror_descent(
         zs = dual(scale(xs, 1 - lr * weight_decay) if weight_decay != 0 else xs)
     zs = add(zs, widened(directions), -lr)
     xs = primal(zs)
-    if stochastic:
+    if draws is not None:
         xs = [
-            round_stochastically(x) if p.dtype == torch.bfloat16 else x
-            for p, x in zip(params, xs, strict=True)
+            round_stochastically(x, draw) if p.dtype == torch.bfloat16 else x
+            for p, x, draw in zip(params, xs, draws, strict=True)
         ]
     return Update(_as_dtype_of(params, xs), new_buffers, _as_dtype_of(duals, zs) if duals else [])
 

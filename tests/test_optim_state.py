@@ -1,0 +1,190 @@
+"""State is what the steps that were taken made of it, and follows parameters that others change."""
+
+import pytest
+import torch
+from optim_cases import descend, parameter, same, snapshot
+
+from mirror_opt import backends, maps
+from mirror_opt.errors import InputError
+from mirror_opt.optim import MirrorDescent
+
+DUAL = {
+    "kronecker": lambda p: (maps.KroneckerNeural([p]), {}),
+    "separable": lambda p: (maps.SeparableNeural([p]), {}),
+    "diagonal": lambda p: (maps.Diagonal([p]), {"dual_state": True, "momentum": 0.9}),
+    "hypentropy": lambda p: (maps.Hypentropy(), {"dual_state": True}),
+    "positive": lambda p: (maps.NegativeEntropy(simplex=False), {"dual_state": True}),
+}
+over_duals = pytest.mark.parametrize("name", DUAL)
+
+
+def beginning(name, values=(1.0, 2.0, 3.0), dtype=torch.float32, **options):
+    p = parameter(*values, dtype=dtype)
+    mirror_map, settings = DUAL[name](p)
+    return p, MirrorDescent([p], 0.1, mirror_map, **settings, **options)
+
+
+def fill(p, *values):
+    with torch.no_grad():
+        p.copy_(torch.tensor(values))
+
+
+# A step that is not taken leaves no state.
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("what", ["gradient", "parameter"])
+@over_duals
+def test_a_first_step_that_fails_leaves_nothing_behind(name, what, nonfinite):
+    p, optimizer = beginning(name, nonfinite=nonfinite)
+    p.grad = torch.ones(3)
+    (p.grad if what == "gradient" else p.detach())[1] = torch.nan
+    if nonfinite == "raise":
+        with pytest.raises(ArithmeticError):
+            optimizer.step()
+    else:
+        optimizer.step()
+    assert not optimizer.state
+    fresh, other = beginning(name, (4.0, 5.0, 6.0), nonfinite=nonfinite)
+    fill(p, 4.0, 5.0, 6.0)
+    for q, each in ((p, optimizer), (fresh, other)):
+        q.grad = torch.ones(3)
+        each.step()
+    assert same(snapshot(optimizer), snapshot(other))
+
+
+def test_input_errors_leave_no_state():
+    first, second = parameter(1.0, 2.0), parameter(3.0, 4.0)
+    optimizer = MirrorDescent([first, second], momentum=0.9)
+    first.grad, second.grad = torch.ones(2), torch.ones(2).to_sparse()
+    with pytest.raises(InputError, match="sparse"):
+        optimizer.step()
+    assert not optimizer.state
+    if backends.cpp.unavailable() is None:
+        optimizer = MirrorDescent([first], 0.1, maps.SeparableNeural([first], sigma="tanh"))
+        with backends.use_backend("cpp"), pytest.raises(InputError, match="cpp"):
+            optimizer.step()
+        assert not optimizer.state
+
+
+def test_a_step_that_the_scaler_skips_leaves_no_state():
+    for nonfinite in ("raise", "skip"):
+        p, optimizer = beginning("kronecker", nonfinite=nonfinite)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        scaler.scale((p * torch.inf).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 2.0
+        assert not optimizer.state
+
+
+def test_an_error_leaves_no_scale_for_later_steps():
+    p = parameter(1.0, 1.0)
+    optimizer = MirrorDescent([p], 1e38, maps.SeparableNeural([p]))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale((p * 100).sum()).backward()
+    with pytest.raises(FloatingPointError, match="leaves the range"):
+        scaler.step(optimizer)
+    optimizer.param_groups[0]["lr"] = 0.1
+    scaler.update()
+    for _ in range(2):
+        optimizer.zero_grad()
+        scaler.scale(p.sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    torch.testing.assert_close(p.detach(), torch.full((2,), 0.8))
+
+
+# Parameters that others write to.
+
+
+@over_duals
+def test_parameters_that_were_changed_are_taken_as_they_are(name):
+    p, optimizer = beginning(name)
+    descend(optimizer, [p], 2)
+    fill(p, 0.5, 0.7, 0.9)
+    p.grad = torch.zeros(3)
+    for buffer in optimizer.state[p].values():
+        if buffer is optimizer.state[p].get("momentum_buffer"):
+            buffer.zero_()
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.tensor([0.5, 0.7, 0.9]))
+    before = optimizer.state[p]["dual"].clone()
+    optimizer.step()
+    assert torch.equal(before, optimizer.state[p]["dual"])  # nobody has changed it since
+
+
+@over_duals
+def test_a_step_that_fails_restores_the_dual_of_changed_parameters(name):
+    p, optimizer = beginning(name)
+    descend(optimizer, [p], 1)
+    fill(p, 0.5, 0.7, 0.9)
+    before = snapshot(optimizer)
+    p.grad[0] = torch.nan
+    with pytest.raises(FloatingPointError):
+        optimizer.step()
+    assert same(before, snapshot(optimizer))
+
+
+@over_duals
+def test_entries_that_were_not_changed_keep_their_master_copy(name):
+    p, optimizer = beginning(name, dtype=torch.bfloat16)
+    q, other = beginning(name, dtype=torch.bfloat16)
+    for k in range(3):
+        for x in (p, q):
+            x.grad = torch.full_like(x, 1e-3)
+        other.step()
+        optimizer.step()
+        if k == 1:
+            with torch.no_grad():
+                p[0] = 1.5
+                q.copy_(q.clone())  # the same values: counted as a change that is none
+    if name != "kronecker":  # which has no rotation of a vector, but a solve to get there
+        torch.testing.assert_close(optimizer.state[p]["dual"][1:], other.state[q]["dual"][1:])
+    torch.testing.assert_close(p.detach()[1:], q.detach()[1:], rtol=0, atol=0)
+    assert abs(p[0].item() - 1.5) < 0.01
+
+
+def test_options_that_change_between_steps():
+    p, optimizer = beginning("hypentropy")
+    q = parameter(1.0, 2.0, 3.0)
+    stateless = MirrorDescent([q], 0.1, maps.Hypentropy())
+    for keeps in (True, False, False, True):
+        optimizer.param_groups[0]["dual_state"] = keeps
+        descend(optimizer, [p], 1)
+        descend(stateless, [q], 1)
+    torch.testing.assert_close(p, q)
+    for group in (optimizer.param_groups[0], stateless.param_groups[0]):
+        group["mirror_map"] = maps.Hypentropy(0.1)
+    descend(optimizer, [p], 1)
+    descend(stateless, [q], 1)
+    torch.testing.assert_close(p, q)
+    for anchor in ("init", "zero"):
+        optimizer.param_groups[0]["anchor"] = anchor
+        descend(optimizer, [p], 1)
+    assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [*DUAL, "momentum"])
+def test_parameters_that_change_their_shape_are_refused(name):
+    if name == "momentum":
+        p = parameter(1.0, 2.0, 3.0)
+        optimizer = MirrorDescent([p], 0.1, maps.Hypentropy(), momentum=0.9)
+    else:
+        p, optimizer = beginning(name)
+    descend(optimizer, [p], 1)
+    p.data, p.grad = torch.ones(2, 3), None
+    p.grad = torch.ones(2, 3)
+    before = snapshot(optimizer)
+    with pytest.raises(InputError, match=r"shape \(2, 3\) now, and .* of \(3,\): build"):
+        optimizer.step()
+    assert same(before, snapshot(optimizer))
+
+
+def test_parameters_of_another_shape_than_the_map_are_refused_from_the_start():
+    p = parameter(1.0, 2.0, 3.0)
+    optimizer = MirrorDescent([p], 0.1, maps.Diagonal([p]))
+    p.data = torch.ones(2, 3)
+    p.grad = torch.ones(2, 3)
+    with pytest.raises(InputError, match=r"its mirror map of \(3,\)"):
+        optimizer.step()
