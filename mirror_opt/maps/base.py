@@ -181,6 +181,10 @@ class MirrorMap(nn.Module):
 
         Their number, shapes and dtypes for a map with parameters of its own, and the domain.
         """
+        self.check_domain(params)
+
+    def check_domain(self, params: Sequence[Tensor]) -> None:
+        """Raises InputError unless these parameters lie in the domain."""
         # Zero is let in: steps reach it by underflow, and a resumed run must be able to start
         # there.
         if self.domain == "reals":
@@ -190,7 +194,7 @@ class MirrorMap(nn.Module):
             if p.numel() and not p.is_meta and not inside(p.detach()):
                 raise InputError(
                     f"parameter {i} of shape {tuple(p.shape)} is not in the domain of "
-                    f"{type(self).__name__} ({self.domain}): initialise it with positive entries"
+                    f"{type(self).__name__} ({self.domain}): give it positive entries"
                     + (" that sum to 1 along the last dimension" * (self.domain == "simplex"))
                 )
 

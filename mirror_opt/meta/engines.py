@@ -10,6 +10,8 @@ alone (``differentiation="batched"`` of ``InnerLoop``). Gradients taken by ``tor
 result is silently wrong (PyTorch, at least to 2.13).
 """
 
+import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils import _pytree as pytree
 
 from mirror_opt.errors import InputError
 from mirror_opt.maps.base import MirrorMap
-from mirror_opt.meta.inner import InnerLoop
+from mirror_opt.meta.inner import InnerLoop, over_tasks
+from mirror_opt.newton import NewtonError
 
 __all__ = ["ENGINES", "choose_engine", "map_tasks", "mean_loss"]
 
@@ -34,13 +38,9 @@ def choose_engine(engine: str, model: nn.Module, mirror_map: MirrorMap) -> str:
     """Resolves ``"auto"``, and raises InputError for an engine that cannot serve model or map."""
     if engine not in ("auto", *ENGINES):
         raise InputError(f"Invalid {engine=}: pass 'auto', 'loop' or 'vmap'")
-    norms = (m for m in model.modules() if isinstance(m, _NormBase))
-    updates_buffers = any(m.training and m.track_running_stats for m in norms)
-    if engine == "vmap" and updates_buffers:
-        raise InputError(
-            "engine='vmap' cannot update the running statistics of batch or instance norm: build "
-            "the model with track_running_stats=False, call model.eval(), or pass engine='loop'"
-        )
+    reason = next(filter(None, map(_not_batchable, model.modules())), None)
+    if engine == "vmap" and reason is not None:
+        raise InputError(f"engine='vmap' cannot {reason}, or pass engine='loop'")
     if engine == "vmap" and not mirror_map.inverse_is_batchable:
         raise InputError(
             f"engine='vmap' cannot batch the inverse of this {type(mirror_map).__name__}: build it "
@@ -50,9 +50,32 @@ def choose_engine(engine: str, model: nn.Module, mirror_map: MirrorMap) -> str:
         return engine
     if not mirror_map.inverse_is_batchable:
         return "loop"
+    if any(isinstance(m, nn.MultiheadAttention) for m in model.modules()):
+        return "loop"  # torch batches attention that is differentiated twice by a loop, and warns
     convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
     on_gpu = any(p.is_cuda for p in model.parameters())
-    return "loop" if updates_buffers or (convolutional and not on_gpu) else "vmap"
+    return "loop" if reason is not None or (convolutional and not on_gpu) else "vmap"
+
+
+def _not_batchable(module: nn.Module) -> str | None:
+    """What ``torch.func.vmap`` cannot do for a module, and what to do about it; None if it can."""
+    if isinstance(module, _NormBase) and module.training and module.track_running_stats:
+        return (
+            "update the running statistics of batch or instance norm: build the model with "
+            "track_running_stats=False, call model.eval()"
+        )
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        # It would hold that row still for the first task of a batch only, without a word.
+        return "hold the row padding_idx of an nn.Embedding still: build it without"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+        return "change an embedding in its forward pass: build it without max_norm"
+    if isinstance(module, nn.RNNBase):
+        return f"batch {type(module).__name__}: build the model from cells"
+    if isinstance(module, nn.TransformerEncoderLayer) and not module.training:
+        return "batch the fast path of nn.TransformerEncoderLayer: call model.train()"
+    if isinstance(module, _SpectralNorm) and module.training:
+        return "update the vectors of spectral_norm: call model.eval()"
+    return None
 
 
 def map_tasks(engine: str, function: TaskFn, inner: InnerLoop, tasks: Sequence[Tensor]) -> Any:
@@ -60,12 +83,17 @@ def map_tasks(engine: str, function: TaskFn, inner: InnerLoop, tasks: Sequence[T
 
     Args:
         engine: ``"loop"`` or ``"vmap"``.
+        inner: for one task.
         function: returns nested tuples, lists or dicts of tensors. With ``"vmap"`` they must not be
             differentiated through the support gradients that it takes.
         tasks: tensors whose first dimension counts the tasks.
     """
+    _check_some(tasks)
     if engine == "vmap":
-        return torch.func.vmap(lambda *task: function(inner, *task), randomness="different")(*tasks)
+        within = replace(inner, differentiation="func")
+        # Where a solve fails, it fails for all of them: in turn, it does for its own task only.
+        with contextlib.suppress(NewtonError):
+            return over_tasks(lambda *task: function(within, *task))(*tasks)
     results = [function(inner, *task) for task in zip(*tasks, strict=True)]
     return pytree.tree_map(lambda *values: torch.stack(values), *results)
 
@@ -83,8 +111,14 @@ def mean_loss(
     Returns:
         The mean, 0-dim; the query losses ``(T,)``; the support losses ``(T, K)``.
     """
+    _check_some(tasks)
     run = _looped if engine == "loop" else _batched
     return run(function, inner, tasks, skip)
+
+
+def _check_some(tasks: Sequence[Tensor]) -> None:
+    if not len(tasks[0]):
+        raise InputError("got a batch of no tasks: pass tensors (T, n, *) with T of at least 1")
 
 
 def _kept(query: Tensor, support: Tensor, skip: bool) -> Tensor:
@@ -99,7 +133,7 @@ def _looped(function: TaskFn, inner: InnerLoop, tasks: Sequence[Tensor], skip: b
     # derivatives would be NaN.
     kept = [query for query, support in runs if _kept(query, support, skip)]
     query, support = (torch.stack(x).detach() for x in zip(*runs, strict=True))
-    return torch.stack(kept).mean() if kept else query.mean(), query, support
+    return torch.stack(kept).mean() if kept else _none_kept(query), query, support
 
 
 def _batched(function: TaskFn, inner: InnerLoop, tasks: Sequence[Tensor], skip: bool):
@@ -107,6 +141,13 @@ def _batched(function: TaskFn, inner: InnerLoop, tasks: Sequence[Tensor], skip: 
     query, support = function(batched, *tasks)
     keep = _kept(query, support, skip)
     kept = query
-    if skip and not bool(keep.all()) and bool(keep.any()):
+    if skip and not bool(keep.all()):
+        if not bool(keep.any()):
+            return _none_kept(query.detach()), query.detach(), support.detach()
         kept, _ = function(batched, *(x[keep] for x in tasks))  # as in _looped: without the others
     return kept.mean(), query.detach(), support.detach()
+
+
+def _none_kept(query: Tensor) -> Tensor:
+    """The mean over no tasks."""
+    return query.new_full((), math.nan)

@@ -1,18 +1,52 @@
 """The inner loop: a few mirror steps on one task, as a pure function of the meta-parameters."""
 
+import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mirror_opt.dtypes import at_least_float32
+from mirror_opt.errors import InputError
 from mirror_opt.maps.base import MirrorMap, dot
+from mirror_opt.newton import NewtonError
 
-__all__ = ["InnerLoop", "Step"]
+__all__ = ["InnerLoop", "LossFn", "Step", "over_tasks"]
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
+
+
+def _twice_differentiable() -> contextlib.AbstractContextManager:
+    """Attention by the one way of torch that has second derivatives."""
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def over_tasks(function: Callable) -> Callable:
+    """The function of one task as one of a batch of tasks, by ``torch.func.vmap``.
+
+    Raises:
+        InputError: an operation of the model or the loss cannot be batched.
+    """
+    batched = torch.func.vmap(function, randomness="different")
+
+    def call(*args: Any) -> Any:
+        try:
+            return batched(*args)
+        except RuntimeError as error:
+            first = str(error).partition("\n")[0]
+            if "vmap" in first or "atching rule" in first:
+                raise InputError(
+                    f"engine='vmap' cannot run this model or loss: pass engine='loop' ({first})"
+                ) from error
+            raise
+
+    return call
 
 
 class Step(NamedTuple):
@@ -84,15 +118,19 @@ class InnerLoop:
         """The loss at adapted parameters: 0-dim, or ``(T,)`` for a batch of tasks."""
 
         def one(params: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
-            return loss_fn(self.predict(params, x), y)
+            value = loss_fn(self.predict(params, x), y)
+            if value.dim():
+                raise InputError(
+                    f"loss_fn gave a loss of shape {tuple(value.shape)} for a task: pass one that "
+                    "gives a 0-dim tensor, such as a mean (reduction='mean')"
+                )
+            return value
 
         return self.each(one, params, x, y)
 
     def each(self, function: Callable, *args: Any) -> Any:
         """The function of one task, for a batch of tasks where there is one."""
-        if self.differentiation == "batched":
-            return torch.func.vmap(function, randomness="different")(*args)
-        return function(*args)
+        return over_tasks(function)(*args) if self.differentiation == "batched" else function(*args)
 
     def rate(self, step: int) -> Tensor:
         """alpha of a step, counted from 0."""
@@ -116,7 +154,8 @@ class InnerLoop:
         return self.mirror_map(init, self.coefficients)
 
     def primal(self, zeta: Sequence[Tensor], start: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
-        """phi for a displacement zeta of the dual."""
+        """phi for a displacement zeta of the dual; NaN for a task whose solve fails, such as one
+        that has diverged."""
 
         def one(zeta: Sequence[Tensor]) -> tuple[Tensor, ...]:
             if start is None:
@@ -127,7 +166,22 @@ class InnerLoop:
                 moved = list(self.mirror_map.inverse(moved, self.coefficients))
             return tuple(m.to(p.dtype) for m, p in zip(moved, self.init, strict=True))
 
-        return self.each(one, tuple(zeta))
+        def alone(zeta: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            try:
+                return one(zeta)
+            except NewtonError:
+                pairs = zip(zeta, self.init, strict=True)
+                return tuple((z * math.nan).to(p.dtype) for z, p in pairs)
+
+        if self.differentiation == "func":
+            return one(zeta)  # for all tasks at once, which ``map_tasks`` then takes in turn
+        if self.differentiation == "autograd":
+            return alone(zeta)
+        try:
+            return self.each(one, tuple(zeta))
+        except NewtonError:
+            each = [alone(task) for task in zip(*zeta, strict=True)]
+            return tuple(torch.stack(xs) for xs in zip(*each, strict=True))
 
     def gradient(
         self, params: Sequence[Tensor], loss_fn: LossFn, x: Tensor, y: Tensor
@@ -137,9 +191,13 @@ class InnerLoop:
         if self.differentiation == "func":
             one = torch.func.grad_and_value(lambda params: self.loss(loss_fn, params, x, y))
             return one(tuple(params))
+        if torch.is_inference_mode_enabled():
+            raise InputError(
+                "adapting takes gradients, which torch.inference_mode() rules out: use no_grad()"
+            )
         # Outside vmap plain autograd is cheaper: no dispatch of transforms around every operation.
         tracked = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with torch.enable_grad(), _twice_differentiable() if tracked else contextlib.nullcontext():
             at = params if tracked else [p.detach().requires_grad_() for p in params]
             value = self.loss(loss_fn, tuple(at), x, y)
             gradient = torch.autograd.grad(

@@ -122,11 +122,15 @@ class MetaLearner(nn.Module):
         return chosen
 
     def inner_loop(self) -> InnerLoop:
-        """The inner loop at the present meta-parameters: shared by all tasks of a meta-batch."""
+        """The inner loop at the present meta-parameters: shared by all tasks of a meta-batch.
+
+        Raises:
+            InputError: the init is not in the domain of the mirror map.
+        """
         named = dict(self.model.named_parameters())
         init = tuple(named.pop(name) for name in self.names)
         frozen = {**named, **dict(self.model.named_buffers())}
-        engine = choose_engine(self.engine, self.model, self.mirror_map)
+        self.mirror_map.check_domain(init)  # which an outer step may have left
         return InnerLoop(
             self.model,
             self.mirror_map,
@@ -136,7 +140,7 @@ class MetaLearner(nn.Module):
             self.mirror_map.coefficients(),
             self.log_lr.exp(),
             self.steps,
-            "func" if engine == "vmap" else "autograd",
+            "autograd",
         )
 
     # Adaptation.

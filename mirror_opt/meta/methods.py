@@ -1,5 +1,6 @@
 """Named methods: configurations of one ``MetaLearner``, and the rates each does best with."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,9 +54,16 @@ class MethodDefaults:
 
 def _head(model: nn.Module) -> list[str]:
     """Patterns for the parameters of the last module that has any."""
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     prefix = names[-1].rpartition(".")[0]
-    return [name for name in names if name.rpartition(".")[0] == prefix]
+    head = [name for name in names if name.rpartition(".")[0] == prefix]
+    own = {name for name, _ in model.named_parameters()}
+    if shared := [name for name in head if name not in own]:
+        raise InputError(
+            f"the last layer {prefix!r} of the model shares {', '.join(shared)} with another: ANIL "
+            "would adapt both; use method 'maml', or a layer with parameters of its own"
+        )
+    return head
 
 
 def build(
@@ -64,6 +72,7 @@ def build(
     *,
     map_name: str | None = None,
     map_options: dict[str, Any] | None = None,
+    adapt: Iterable[str] | None = None,
     **options: Any,
 ) -> MetaLearner:
     """The learner of a named method for a model.
@@ -73,13 +82,16 @@ def build(
         model: the network.
         map_name, map_options: the mirror map of method ``"mirror"``, by its name in the registry
             (``"kronecker"`` when None) and keyword arguments.
+        adapt: name patterns of the parameters that adapt, as ``MetaLearner`` takes them; the last
+            layer's for method ``"anil"``, all when None.
         options: keyword arguments of ``MetaLearner``.
 
     Returns:
         The learner, with the default map options and inner rate of ``MetaLearner`` unless given.
 
     Raises:
-        InputError: unknown method or map, or a map given to a method that has its own.
+        InputError: unknown method or map, a map or ``adapt`` given to a method that has its own, or
+            method ``"anil"`` for a model whose last layer shares parameters.
 
     Example:
         >>> build("maml", nn.Linear(2, 1), lr=0.1).mirror_map.name
@@ -93,7 +105,12 @@ def build(
             f"method {method!r} has its own map {spec.map_name!r}: "
             "leave map_name and map_options out, or choose method 'mirror'"
         )
-    adapt = _head(model) if spec.head_only else None
+    if spec.head_only:
+        if adapt is not None:
+            raise InputError(f"method {method!r} adapts the last layer: leave adapt out")
+        adapt = _head(model)
+    elif adapt is not None and not isinstance(adapt, str):
+        adapt = list(adapt)  # it is gone through twice
     params = list(MetaLearner.adapted_parameters(model, adapt).values())
     name = spec.map_name or map_name or "kronecker"
     mirror_map = maps.create(name, params, **(map_options or {}))
