@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(_told(error, arguments))
     except KeyboardInterrupt:
         return _interrupted(arguments)
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, TypeError, ValueError) as error:
         if not _is_out_of_memory(error):
             raise
         return _fail(
@@ -94,8 +94,15 @@ def _flush() -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # The CPU's allocator raises an error like any other, or fails to count so many bytes.
-    signs = ("can't allocate memory", "Storage size calculation overflowed")
+    # The CPU's allocator raises an error like any other, or fails to count so many bytes; numpy and
+    # torch have words of their own for sizes that no machine can address.
+    signs = (
+        "can't allocate memory",
+        "Storage size calculation overflowed",
+        "array is too big",
+        "Maximum allowed dimension exceeded",
+        "Overflow when unpacking long",
+    )
     kinds = (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, kinds) or any(sign in str(error) for sign in signs)
 

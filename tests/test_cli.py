@@ -196,12 +196,42 @@ def test_a_checkpoint_of_another_model(trained, tmp_path, capsys, arguments, say
 
 @pytest.mark.parametrize(
     "option",
-    [("--filters", 10**13), ("--filters", 10**18), ("--task-options", "image_size=10000000")],
+    [
+        ("--filters", 10**13),
+        ("--filters", 10**18),
+        ("--filters", 2**63),
+        ("--task-options", "image_size=10000000"),
+        ("--task-options", "image_size=1000000000000"),
+        ("--map-options", f"units={10**19}"),
+    ],
 )
 def test_more_than_the_memory(image_folder, tmp_path, capsys, option):
     command = ["train", "--task", "folder", "--data-dir", image_folder, "--queries", "2"]
     line = fails(capsys, *command, *option, "--out", tmp_path / "run")
     assert line.startswith("mirror-opt: error: not enough memory; pass a smaller network")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("shots", [10**11, 2**62])
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_run_is_there_until_its_replacement_is_sure(
+    trained, compared, tmp_path, capsys, command, shots
+):
+    out = shutil.copytree(trained if command == "train" else compared, tmp_path / "run")
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+    options = ["--task", "sinusoid", "--shots", shots, "--overwrite", "--out", out]
+    assert "not enough memory" in fails(capsys, command, *options)
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
+
+
+@pytest.mark.parametrize("number", ["NaN", "1e400", "-Infinity", "1" + 400 * "0"])
+def test_numbers_that_no_result_can_be(trained, tmp_path, capsys, number):
+    out = shutil.copytree(trained, tmp_path / "run")
+    path = out / "results.json"
+    row = json.loads(path.read_text())[0]
+    path.write_text(json.dumps([row]).replace(json.dumps(row["mean"]), number))
+    for command in ("evaluate", "plot"):
+        assert f"{path}: not valid JSON" in fails(capsys, command, "--out", out)
 
 
 def test_another_error_is_not_taken_for_it(tmp_path, monkeypatch):

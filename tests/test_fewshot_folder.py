@@ -120,6 +120,40 @@ def test_image_size_and_grey(folder):
     assert family.sample("test", 0, 1).query_x.shape == (1, 9, 1, 84, 84)
 
 
+RAMP = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+INK = np.zeros((64, 64, 4), dtype=np.uint8)  # black, on what lets everything through
+INK[:32, :, 3] = 255
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "mean"),
+    [
+        ("16.png", Image.fromarray(RAMP.astype(np.uint16)), 0.5),
+        ("16.tif", Image.fromarray(RAMP.astype(np.uint16)), 0.5),
+        ("12-of-16.png", Image.fromarray((RAMP / 16).astype(np.uint16)), 0.5 / 16),
+        ("alpha.png", Image.fromarray(INK), 0.5),
+        ("grey-alpha.png", Image.fromarray(INK).convert("LA"), 0.5),
+        ("palette.png", Image.fromarray(INK).convert("P"), 0.5),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_pixels_of_other_kinds(folder, name, image, mean):
+    for path in folder.glob("test/*/*.png"):
+        path.unlink()
+        image.save(path.with_name(f"{path.stem}-{name}"))
+    x = ImageFolder(**SMALL, data_dir=folder).sample("test", 0, 1).query_x
+    assert x.mean().item() == pytest.approx(mean, abs=0.01)
+    assert x.max().item() == pytest.approx(2 * mean, abs=0.03)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_without_a_known_range(folder, dtype):
+    path = folder / "test" / "test-0" / "wide.tif"
+    Image.fromarray((RAMP / 65535).astype(dtype)).save(path)
+    with pytest.raises(InputError, match=r"wide.tif: pixels of mode . have no known range"):
+        ImageFolder(**SMALL, data_dir=folder).sample("test", 0, 1)
+
+
 def test_other_files_are_passed_over(folder, image_folder):
     (folder / "train" / "train-0" / "notes.txt").write_text("no image")
     (folder / "train" / "train-0" / ".hidden.png").write_text("no image")
@@ -362,6 +396,14 @@ def test_bad_lists(flat, text, message):
     (flat / "train.csv").write_text(text)
     with pytest.raises(InputError, match=message):
         ImageFolder(**SMALL, data_dir=flat)
+
+
+def test_lists_with_a_byte_order_mark(flat, image_folder):
+    write_lists(flat, "images")
+    plain = ImageFolder(**SMALL, data_dir=flat)
+    for path in flat.glob("*.csv"):
+        path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert same_tasks(ImageFolder(**SMALL, data_dir=flat), plain)
 
 
 @pytest.mark.parametrize("size", [0, -3, 2.5, True])

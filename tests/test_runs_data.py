@@ -74,7 +74,9 @@ def test_a_comparison_goes_on_where_its_data_has_moved(data, tmp_path, monkeypat
 
     def interrupted(self, split, index, tasks):
         drawn.append(split)
-        if drawn.count("train") == 5:  # of each method one for calibration and two for training
+        # Two for calibration before anything is written, and of each method one more and two for
+        # training.
+        if drawn.count("train") == 7:
             signal.raise_signal(signal.SIGINT)
         return sample(self, split, index, tasks)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -73,6 +74,36 @@ def test_a_bad_batch_is_left_out_and_nothing_else(loss, norm, usual):
     assert walk.recovery.admit(loss, norm) is usual
     assert walk.at == 15
     assert walk.recovery.rate == 1.0
+
+
+@pytest.mark.parametrize("deviation", [0.5, 1.5, 2.5])
+def test_heavy_tails_are_not_divergence(deviation):
+    # Small losses of few examples: as log-normal as they come, and no trend.
+    draws = random.Random(0)
+    walk = Walk()
+    for _ in range(1500):
+        z = draws.gauss(0, 1)
+        other = 0.8 * z + 0.6 * draws.gauss(0, 1)
+        walk.recovery.admit(1e-4 * math.exp(deviation * z), math.exp(deviation * other))
+    assert walk.recovery.rate == 1.0
+
+
+def test_divergence_is_seen_through_heavy_tails():
+    draws = random.Random(0)
+    walk = Walk()
+    for _ in range(500):
+        walk.recovery.admit(math.exp(1.5 * draws.gauss(0, 1)), 1.0)
+    admitted = [walk.recovery.admit(50 * math.exp(1.5 * draws.gauss(0, 1)), 1.0) for _ in range(60)]
+    assert walk.recovery.rate < 1.0
+    assert not all(admitted)
+
+
+def test_rates_do_not_vanish():
+    walk = Walk()
+    walk.take(1)
+    for _ in range(60):
+        walk.recovery.admit(math.nan, 1.0)
+    assert walk.recovery.rate == 2.0**-10
 
 
 def test_rare_bad_batches_never_lead_back():

@@ -177,7 +177,7 @@ def _list_named(root: Path, names: Iterable[str]) -> dict[str, ImageFile]:
 
 def _rows(path: Path) -> list[tuple[str, str]]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             read = csv.DictReader(file)
             rows = [(row.get("filename") or "", row.get("label") or "") for row in read]
     except (OSError, ValueError, csv.Error) as error:

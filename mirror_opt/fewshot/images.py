@@ -22,7 +22,7 @@ from mirror_opt.fewshot.cache import cached_array, digest
 
 __all__ = ["ImageFile", "fingerprint", "inspect", "list_images", "read_images"]
 
-_FORMAT = 1  # of the cached arrays: change it with anything here that decides their content
+_FORMAT = 2  # of the cached arrays: change it with anything here that decides their content
 # What Pillow would log of a damaged image, its exception says too.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
@@ -91,7 +91,7 @@ def inspect(file: ImageFile) -> tuple[int, int]:
     """
     with ExitStack() as stack:
         image = _open(file, {}, stack)
-        return min(image.size), 1 if image.mode in ("1", "L", "LA", "I;16") else 3
+        return min(image.size), 1 if image.mode.split(";")[0] in ("1", "L", "LA", "I", "F") else 3
 
 
 def read_images(
@@ -103,7 +103,8 @@ def read_images(
     Arguments:
         files: The images.
         size: The side to which every image is resized (Lanczos), whatever its proportions.
-        channels: 1 for grey or 3 for colour.
+        channels: 1 for grey or 3 for colour. Pixels of 16 bits are scaled to 8, and transparent
+            ones lie on white.
         invert: Whether dark becomes light.
 
     Raises:
@@ -150,12 +151,30 @@ def _decode(files: Sequence[ImageFile], size: int, channels: int, invert: bool) 
         for row, file in zip(pixels, bar, strict=True):
             image = _open(file, archives, stack)
             try:
-                image = image.convert("L" if channels == 1 else "RGB")
+                image = _eight_bits(image).convert("L" if channels == 1 else "RGB")
                 image = image.resize((size, size), Image.Resampling.LANCZOS)
             except Exception as error:
                 raise _unreadable(file, error) from error
             row[:] = np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
     return 255 - pixels if invert else pixels
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    r"""The image with 8 bits a channel, and on white where it lets through what is behind it."""
+    # The 16 bits of a PNG are of mode I in some versions of Pillow, and cut off on conversion.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray(
+            (np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8)
+        )
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"pixels of mode {image.mode} have no known range: save them as 8 or 16 bits"
+        )
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(ground, image).convert("RGB")
+    return image
 
 
 def _open(file: ImageFile, archives: dict[Path, zipfile.ZipFile], stack: ExitStack) -> Image.Image:

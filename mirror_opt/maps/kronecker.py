@@ -151,7 +151,7 @@ class KroneckerNeural(NeuralMap):
         params: the parameters that it serves, real floating tensors of any shape.
         units: K, the number of sigmoids of each psi; 0 makes psi linear.
         terms: R.
-        eps: weight of the identity, in [0, 1).
+        eps: weight of the identity, in [0, 1), and above 0 for several terms.
         parametrization: ``"dual"`` or ``"primal"``.
         rho: bound on the relative deviation of psi' from 1, in (0, 1).
         sigma: ``"algebraic"`` or ``"tanh"``.
@@ -195,8 +195,12 @@ class KroneckerNeural(NeuralMap):
             raise InputError(f"Invalid {terms=}: pass an integer of at least 1")
         if not (is_number(eps) and 0 <= eps < 1):
             raise InputError(f"Invalid {eps=}: pass a number in [0, 1)")
-        if not is_integer(seed):
-            raise InputError(f"Invalid {seed=}: pass an integer")
+        if not (is_integer(seed) and abs(seed) < 2**62):
+            raise InputError(f"Invalid {seed=}: pass an integer between -2**62 and 2**62")
+        if terms > 1 and eps == 0:
+            # M_r = 0 is among the values of the parameters, and then F = 0 is no gradient of a
+            # strongly convex function. A single term's factors are kept invertible instead.
+            raise InputError(f"Invalid {eps=} with {terms=}: pass a number in (0, 1)")
         self.terms, self.eps = terms, float(eps)
         self.elementwise = terms == 1 and eps == 0  # then F = M^T S M has an elementwise solve
         self.inverse_is_batchable = self.inverse_is_closed or self.elementwise

@@ -9,7 +9,7 @@ from typing import Any
 from mirror_opt import meta
 from mirror_opt.errors import InputError
 from mirror_opt.runs import checkpoint, results
-from mirror_opt.runs.config import RunConfig, build
+from mirror_opt.runs.config import RunConfig
 from mirror_opt.runs.directory import (
     CHECKPOINT,
     CONFIG,
@@ -19,7 +19,7 @@ from mirror_opt.runs.directory import (
     read_configs,
     write_json,
 )
-from mirror_opt.runs.train import check_data, check_save_every, train
+from mirror_opt.runs.train import check_data, check_save_every, prepare, train
 
 __all__ = ["METHODS", "compare", "open_comparison"]
 
@@ -110,7 +110,7 @@ def compare(
     out = Path(out)
     check_save_every(save_every)
     for config in configs:  # a mistake in the last method shows before the first is trained
-        task, _ = build(config, download=download)
+        task, _ = prepare(config, download=download)
         path = out / config.method / CHECKPOINT
         if path.exists() and not overwrite:
             check_data(path, checkpoint.load(path), config, task)

@@ -1,6 +1,7 @@
 r"""A run's directory: the names of its files, and reading and writing them."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def read_json(path: str | os.PathLike, kind: type, remedy: str = _REMEDY) -> Any
     """
     path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_counted)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; pass the --out of a run that exists") from None
     except OSError as error:
@@ -74,6 +76,18 @@ def read_json(path: str | os.PathLike, kind: type, remedy: str = _REMEDY) -> Any
         raise InputError(
             f"{path}: holds a JSON {type(value).__name__} where a {kind.__name__} belongs; {remedy}"
         )
+    return value
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"the number {text} is out of range")
+    return value
+
+
+def _counted(text: str) -> int:
+    if not abs(value := int(text)) < 2**63:
+        raise ValueError(f"the number {text[:20]}... is out of range")
     return value
 
 

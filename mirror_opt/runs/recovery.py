@@ -20,12 +20,19 @@ __all__ = ["Recovery"]
 
 _EVERY = 10  # iterations that make a state
 _MEMORY = 0.9  # of the running means
-# A batch is bad whose loss or norm exceeds its running geometric mean by this factor.
-_SPIKE = 100.0
+_LONG_MEMORY = 0.98  # of the running variances
+# A batch is bad whose loss or norm exceeds its running geometric mean by this factor, and by this
+# many standard deviations of its logarithm: small losses of few examples are heavy-tailed.
+_SPIKE, _SPIKE_DEVIATIONS = 100.0, 5.0
 # A state is unsound where more than this share of batches are bad, or where the running mean of the
-# loss exceeds that of an earlier state by this factor.
-_BAD, _RISE = 0.3, 3.0
+# loss exceeds that of an earlier state by this factor, and by so many of its own deviations.
+_BAD, _RISE, _RISE_DEVIATIONS = 0.3, 3.0, 4.0
 _BACK_OFF, _GROWTH = 0.5, 1.01  # of the rates, at a return and in an iteration
+_LEAST_RATE = 2.0**-10
+
+
+# The variance of the difference of two running means, in that of a single value.
+_OF_DIFFERENCE = 2 * (1 - _MEMORY) / (1 + _MEMORY)
 
 
 def _log(x: float) -> float:
@@ -33,10 +40,11 @@ def _log(x: float) -> float:
 
 
 class _Kept(NamedTuple):
-    """A state, the iterations that led to it, and the means of then."""
+    """A state, the iterations that led to it, and the means and variances of then."""
 
     time: int
     means: tuple[float, float]
+    variances: tuple[float, float]
     state: dict[str, Any]
 
 
@@ -47,13 +55,14 @@ class Recovery:
     always among them.
 
     Attributes:
-        rate: the factor on every outer rate, in (0, 1]: halved at each return.
+        rate: the factor on every outer rate, at most 1: halved at each return, to a thousandth.
     """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer):
         self._module, self._optimizer = module, optimizer
         self.rate = 1.0
         self._means: tuple[float, float] | None = None  # of the logarithms of loss and norm
+        self._variances = (0.0, 0.0)
         self._bad = 0.0  # the share of bad batches lately
         self._time = 0  # in iterations that were taken; goes back with the state
         self._kept: list[_Kept] = []  # the latest last
@@ -72,11 +81,17 @@ class Recovery:
             return False
         seen = (_log(loss), _log(norm))
         before = seen if self._means is None else self._means
-        loss, norm = (_MEMORY * m + (1 - _MEMORY) * x for m, x in zip(before, seen, strict=True))
+        pairs = list(zip(before, seen, strict=True))
+        loss, norm = (_MEMORY * m + (1 - _MEMORY) * x for m, x in pairs)
         self._means = loss, norm
+        of_loss, of_norm = (
+            _LONG_MEMORY * v + (1 - _LONG_MEMORY) * (x - m) ** 2
+            for v, (m, x) in zip(self._variances, pairs, strict=True)
+        )
+        self._variances = of_loss, of_norm
         # The first state's loss is of a single batch, and may be of a lucky one. Norms do not tell:
         # they are heavy-tailed, and of some methods rise tenfold without harm.
-        if any(loss > kept.means[0] + math.log(_RISE) for kept in self._kept[1:]):
+        if any(self._has_risen(loss, kept) for kept in self._kept[1:]):
             self._return()
             return False
         self.rate = min(1.0, _GROWTH * self.rate)
@@ -84,30 +99,40 @@ class Recovery:
         self._time += 1
         return True
 
+    @staticmethod
+    def _has_risen(loss: float, kept: _Kept) -> bool:
+        """Whether the mean logarithm of the loss is too far above that of a state."""
+        deviation = math.sqrt(_OF_DIFFERENCE * kept.variances[0])
+        return loss > kept.means[0] + max(math.log(_RISE), _RISE_DEVIATIONS * deviation)
+
     def _is_usual(self, loss: float, norm: float) -> bool:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return False
         if self._means is None:
             return True
-        usual_loss, usual_norm = map(math.exp, self._means)
-        return loss <= _SPIKE * usual_loss and norm <= _SPIKE * usual_norm
+        return all(
+            _log(x) <= mean + max(math.log(_SPIKE), _SPIKE_DEVIATIONS * math.sqrt(variance))
+            for x, mean, variance in zip((loss, norm), self._means, self._variances, strict=True)
+        )
 
     def _keep(self) -> None:
         assert self._means is not None
         if not self._kept or self._time == self._kept[-1].time + _EVERY:
             module, optimizer = self._module.state_dict(), self._optimizer.state_dict()
             state = copy.deepcopy({"module": module, "optimizer": optimizer})
-            self._kept = _thinned([*self._kept, _Kept(self._time, self._means, state)])
+            self._kept = _thinned(
+                [*self._kept, _Kept(self._time, self._means, self._variances, state)]
+            )
             self._returned = False
 
     def _return(self) -> None:
-        self.rate *= _BACK_OFF
+        self.rate = max(_LEAST_RATE, self.rate * _BACK_OFF)
         self._bad = 0.0
         if not self._kept:
             return
         if self._returned and len(self._kept) > 1:
             self._kept.pop()
-        self._time, self._means, state = self._kept[-1]
+        self._time, self._means, self._variances, state = self._kept[-1]
         self._module.load_state_dict(state["module"])
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self._returned = True
@@ -117,6 +142,7 @@ class Recovery:
         return {
             "rate": self.rate,
             "means": self._means,
+            "variances": self._variances,
             "bad": self._bad,
             "time": self._time,
             "kept": [tuple(kept) for kept in self._kept],
@@ -127,6 +153,7 @@ class Recovery:
         r"""Reads :meth:`state_dict` back."""
         self.rate, self._means, self._bad = state["rate"], state["means"], state["bad"]
         self._time, self._returned = state["time"], state["returned"]
+        self._variances = state["variances"]
         self._kept = [_Kept(*kept) for kept in state["kept"]]
 
 

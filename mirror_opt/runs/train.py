@@ -26,6 +26,7 @@ from tqdm import tqdm
 from mirror_opt.errors import InputError
 from mirror_opt.fewshot import TaskFamily
 from mirror_opt.meta import MetaLearner, NonFiniteLossError
+from mirror_opt.newton import NewtonError
 from mirror_opt.runs import checkpoint, results
 from mirror_opt.runs.config import RunConfig, build
 from mirror_opt.runs.directory import (
@@ -41,7 +42,7 @@ from mirror_opt.runs.directory import (
 from mirror_opt.runs.evaluate import evaluate
 from mirror_opt.runs.recovery import Recovery
 
-__all__ = ["check_data", "check_save_every", "decay", "horizon", "open_run", "train"]
+__all__ = ["check_data", "check_save_every", "decay", "horizon", "open_run", "prepare", "train"]
 
 _log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class _Training:
             params = [p for group in self.optimizer.param_groups for p in group["params"]]
             norm = float(nn.utils.clip_grad_norm_(params, _CLIP))
             value = float(loss.detach())
-        except NonFiniteLossError:
+        except (NonFiniteLossError, NewtonError):  # the latter by backward, through a solve
             value = norm = math.nan
         if not self.recovery.admit(value, norm):
             return math.nan
@@ -210,7 +211,7 @@ def train(
     """
     out = Path(out)
     check_save_every(save_every)
-    task, learner = build(config, download=download)
+    task, learner = prepare(config, download=download)
     groups = learner.param_groups(
         init_lr=config.init_lr, map_lr=config.map_lr, rate_lr=config.rate_lr
     )
@@ -224,24 +225,36 @@ def train(
     else:
         clear(out)  # results without their checkpoint would pass for those of the new run
         write_json(out / CONFIG, config.to_dict())
-        first = task.sample("train", 0, config.tasks_per_batch).to(config.device)
-        learner.calibrate(task.loss_fn, first.support_x, first.support_y)
     _loop(training, out / CHECKPOINT, save_every)
     if training.skipped:
         _log.warning(
-            "%s: %d of %d iterations were left out: not finite, or far from the usual",
+            "%s: %d of %d iterations were left out: not finite, or far from the usual; the rates "
+            "are at %.3g of those given",
             config.label,
             training.skipped,
             config.iterations,
+            training.recovery.rate,
         )
     losses = [None if math.isnan(loss) else loss for loss in training.losses]
-    write_json(out / HISTORY, {"loss": losses, "skipped": training.skipped})
+    history = {"loss": losses, "skipped": training.skipped, "rate": training.recovery.rate}
+    write_json(out / HISTORY, history)
     if found := results.find(out / RESULTS, config, task, split):
         return found
     trace = evaluate(learner, task, config, split=split)
     found = results.rows(config, task, trace, config.iterations, training.seconds, split)
     results.merge(out / RESULTS, found)
     return found
+
+
+def prepare(config: RunConfig, download: bool = False) -> tuple[TaskFamily, MetaLearner]:
+    r"""The task family and the learner of a run as it starts, calibrated on the first tasks.
+
+    What cannot be made, or is too large, shows here, before anything is written.
+    """
+    task, learner = build(config, download=download)
+    first = task.sample("train", 0, config.tasks_per_batch).to(config.device)
+    learner.calibrate(task.loss_fn, first.support_x, first.support_y)
+    return task, learner
 
 
 def check_data(
