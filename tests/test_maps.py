@@ -463,3 +463,10 @@ def test_a_coupled_solve_over_all_of_float32(terms, scale):
 def test_bad_input_says_what_to_pass(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", [name for name, cls in maps.REGISTRY.items() if cls.owns_tensors])
+def test_maps_of_empty_tensors_have_bounds(name):
+    mirror_map = maps.create(name, [torch.zeros(0, 3), torch.zeros(0)])
+    if mirror_map.is_dgf:
+        assert 0 < mirror_map.strong_convexity() <= mirror_map.smoothness() < math.inf

@@ -407,3 +407,14 @@ def test_a_fused_euclidean_step_leaves_scaled_gradients_to_the_scaler():
     for p, x in zip(params, before, strict=True):
         torch.testing.assert_close(p, x - 0.1 / 4)
         assert (p.grad == 1).all()
+
+
+def test_a_map_that_was_built_in_inference_mode():
+    p = torch.ones(3, requires_grad=True)
+    with torch.inference_mode():
+        mirror_map = maps.SeparableNeural([p])
+    optimizer = MirrorDescent([p], 0.1, mirror_map)
+    for _ in range(2):
+        p.grad = torch.ones(3)
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((3,), 0.8))

@@ -77,6 +77,8 @@ class Diagonal(OwningMap):
 
     def _extreme(self, largest: bool) -> Tensor:
         log_d = torch.cat([log_d.flatten() for log_d in self.log_d])
+        if not log_d.numel():
+            return log_d.new_ones(())
         return (log_d.max() if largest else log_d.min()).exp()
 
     def strong_convexity(self) -> Tensor:

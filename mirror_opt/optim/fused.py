@@ -166,7 +166,8 @@ def attempt(lists: Lists, grad_scale: Tensor | None) -> Status | None:
         return None
     if grad_scale is not None and not grad_scale >= 1:
         return None  # gradients larger than what the library looks at
-    table, lr = _coefficients(mirror_map, group["params"]).table, float(group["lr"])
+    coefficients = _coefficients(mirror_map, group["params"])  # to which the table points
+    table, lr = coefficients.table, float(group["lr"])
     if table is None or not 0 < abs(lr * _growth(group)) <= _SCALE:
         return None
     status = cpp.attempt(
@@ -278,6 +279,8 @@ def _coefficients(mirror_map: SeparableNeural, params: Tensors) -> _Coefficients
     for units in mirror_map.groups._modules.values():
         sources += units._parameters.values()
         sources += units._buffers.values()
+    if any(map(Tensor.is_inference, sources)):  # whose changes are not counted
+        return _compute(mirror_map, params, [], [])
     versions = [list(map(_version, sources)), list(map(Tensor.data_ptr, sources))]
     versions.append([local(p).shape for p in params if is_sharded(p)])
     cached = _cache.get(mirror_map)
