@@ -220,7 +220,7 @@ def solve_convex(
     potential: Callable[[Tensor], Tensor],
     target: Tensor,
     *,
-    scale: float = 0.0,
+    summed: Callable[[Tensor], Tensor] | None = None,
     tolerance: float | None = None,
     max_iterations: int = 50,
 ) -> Solution:
@@ -236,10 +236,10 @@ def solve_convex(
         jacobian: ``jacobian(y)`` is the function v -> J(y) v.
         potential: a 0-dim tensor for ``y``.
         target: ``(*)``, float32 or float64.
-        scale: the norm of what cancels in f, such as the units of psi near zero: its rounding is
-            there however small the target.
-        tolerance: stop when |f(y) - target| <= tolerance (|target| + scale); 64 units in the last
-            place when None.
+        summed: the norm of what is added up in f(y), and may cancel, 0-dim: its rounding stays
+            however small f(y) is.
+        tolerance: stop when |f(y) - target| <= tolerance (|target| + summed(y)); 64 units in the
+            last place when None.
         max_iterations: Newton steps.
     """
     if not bool(torch.isfinite(target).all()):
@@ -253,7 +253,10 @@ def solve_convex(
         return Solution(y, Status.CONVERGED, 0, 0.0)
     residual = target - f(y)
     size = math.sqrt(_dot(residual, residual))
-    whole = norm + scale
+
+    def whole() -> float:
+        return norm + (float(summed(y)) if summed else 0.0)
+
     iterations = 0
     while size > 0 and iterations < max_iterations:
         iterations += 1
@@ -277,13 +280,13 @@ def solve_convex(
         else:
             break  # no way further down
         # Within the whole tolerance a step that does not help has met the rounding of f.
-        if not new_size < size and size <= tolerance * whole:
+        if not new_size < size and size <= tolerance * whole():
             break
         y, residual, size = candidate, new_residual, new_size
         if polished:
             break
-    status = Status.CONVERGED if size <= tolerance * whole else Status.MAX_ITERATIONS
-    return Solution(y, status, iterations, size / whole)
+    status = Status.CONVERGED if size <= tolerance * whole() else Status.MAX_ITERATIONS
+    return Solution(y, status, iterations, size / whole())
 
 
 class _Root(torch.autograd.Function):
@@ -330,16 +333,15 @@ def implicit_convex(
     potential: Callable[..., Tensor],
     target: Tensor,
     *theta: Tensor,
-    scale: Callable[..., Tensor] | None = None,
+    summed: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """The y with f(y, *theta) = target, differentiable to any order in target and theta.
 
     Args:
-        f, jacobian, potential: as for ``solve_convex``, with ``*theta`` behind their argument;
-            pure functions, made of differentiable operations.
+        f, jacobian, potential, summed: as for ``solve_convex``, with ``*theta`` behind their
+            argument; pure functions, all but the last made of differentiable operations.
         target: ``(*)``, float32 or float64.
         theta: every tensor that f depends on; in others there is no gradient.
-        scale: ``scale(*theta)``, a 0-dim tensor, is the ``scale`` of ``solve_convex``.
 
     Raises:
         NewtonError: the solve did not converge, or ``target`` is not finite; in backward, the
@@ -352,7 +354,7 @@ def implicit_convex(
             lambda y: jacobian(y, *theta),
             lambda y: potential(y, *theta),
             target,
-            scale=float(scale(*theta)) if scale else 0.0,
+            summed=(lambda y: summed(y, *theta)) if summed else None,
         ).unwrap()
 
     return _Root.apply(solve, f, jacobian, target, *theta)

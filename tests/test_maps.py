@@ -428,6 +428,22 @@ def test_a_coupled_solve_over_all_of_float32(terms, scale):
     torch.testing.assert_close(mirror_map.inverse(mirror_map(x))[0], x[0], rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("units", [0, 4])
+def test_a_coupled_solve_whose_sums_cancel(units):
+    # The slopes of F lie 1e4 and more apart, so that what is added up is far larger than F.
+    for seed in range(10):
+        torch.manual_seed(seed)
+        x = torch.randn(6, 4, dtype=torch.float64)
+        mirror_map = maps.KroneckerNeural([x], units=units, eps=0.1)
+        with torch.no_grad():
+            for p in mirror_map.parameters():
+                p.add_(1.5 * torch.randn_like(p))
+        condition = (mirror_map.smoothness() / mirror_map.strong_convexity()).item()
+        assert condition > 1e3
+        (again,) = mirror_map.inverse(mirror_map([x]))
+        assert relative([again], [x]) < 1e-15 * condition
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -443,6 +459,8 @@ def test_a_coupled_solve_over_all_of_float32(terms, scale):
         (lambda: maps.KroneckerNeural([torch.zeros(2)], units=True), "Invalid units=True"),
         (lambda: maps.KroneckerNeural([torch.zeros(2)], sigma=["a"]), "Invalid sigma="),
         (lambda: maps.KroneckerNeural([torch.zeros(2)], seed=1.5), "Invalid seed=1.5"),
+        (lambda: maps.KroneckerNeural([torch.zeros(2)], seed=2**70), "Invalid seed="),
+        (lambda: maps.KroneckerNeural([torch.zeros(2)], terms=2, eps=0), "Invalid eps=0 with terms"),
         (lambda: maps.PNorm(2.0, eps=-1), "at least 0"),
         (lambda: maps.Hypentropy(0.0), "above 0"),
         (lambda: maps.KroneckerNeural([]), "no parameters"),

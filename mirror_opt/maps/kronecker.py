@@ -14,7 +14,7 @@ from mirror_opt.maps.modes import fused_mode, mode_product, mode_sizes
 from mirror_opt.maps.separable import NeuralMap, NeuralUnits, Separable, alike
 from mirror_opt.newton import implicit_convex
 from mirror_opt.ops.kronecker import rotation_is_fused, separable_rotated
-from mirror_opt.reference import Units, psi_bracket, psi_slope
+from mirror_opt.reference import Units, psi_bracket, psi_slope, psi_slope_bounds
 
 __all__ = ["KroneckerNeural"]
 
@@ -346,16 +346,19 @@ class KroneckerNeural(NeuralMap):
                 lambda u, *values: self._integral(u, terms.replaced(*values)),
                 t,
                 *terms.tensors(),
-                scale=lambda *values: self._cancelling(terms.replaced(*values)),
+                summed=lambda u, *values: self._summed(u, terms.replaced(*values)),
             )
 
         return torch.cat([solve(t[m : m + 1], terms.of([m])) for m in range(len(t))])
 
-    def _cancelling(self, terms: _Terms) -> Tensor:
-        """A bound on the norm of what the units add up to in F, and take away again near zero."""
+    def _summed(self, u: Tensor, terms: _Terms) -> Tensor:
+        """A bound on the norm of all that is added up in F(u), by size: products and units."""
         gain, units, _ = terms.separable
-        largest = (gain * psi_bracket(units)).abs()
-        return mode_product(largest, [f.abs() for f in terms.factors], transpose=True).sum(1).norm()
+        factors = [f.abs() for f in terms.factors]
+        steepest = psi_slope_bounds(units)[1]
+        rotated = steepest * mode_product(u.abs().unsqueeze(1), factors) + psi_bracket(units)
+        v = mode_product(gain * rotated, factors, transpose=True).sum(1)
+        return torch.add(v, u.abs(), alpha=self.eps).norm()
 
     def _bounds(self, coefficient: _Terms) -> tuple[Tensor, Tensor]:
         gain, units, sigma = coefficient.separable
