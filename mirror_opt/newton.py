@@ -238,8 +238,8 @@ def solve_convex(
         target: ``(*)``, float32 or float64.
         summed: the norm of what is added up in f(y), and may cancel, 0-dim: its rounding stays
             however small f(y) is.
-        tolerance: stop when |f(y) - target| <= tolerance (|target| + summed(y)); 64 units in the
-            last place when None.
+        tolerance: stop when |f(y) - target| <= tolerance (|target| + summed(y)), with summed(y) in
+            bounds; 64 units in the last place when None.
         max_iterations: Newton steps.
     """
     if not bool(torch.isfinite(target).all()):
@@ -254,8 +254,12 @@ def solve_convex(
     residual = target - f(y)
     size = math.sqrt(_dot(residual, residual))
 
+    at_zero = norm + (float(summed(y)) if summed else 0.0)
+
     def whole() -> float:
-        return norm + (float(summed(y)) if summed else 0.0)
+        # What grows with y counts up to a bound only: beyond it no digit of y would be right.
+        most = norm * torch.finfo(target.dtype).eps ** -0.25
+        return max(at_zero, min(norm + float(summed(y)), most)) if summed else norm
 
     iterations = 0
     while size > 0 and iterations < max_iterations:
