@@ -173,6 +173,14 @@ def _dot(x: Tensor, y: Tensor) -> float:
     return float((x.to(wide) * y.to(wide)).sum())
 
 
+def _norm(x: Tensor) -> float:
+    size = float(x.abs().max()) if x.numel() else 0.0
+    if size == 0 or not math.isfinite(size):
+        return size
+    scaled = x / size
+    return size * math.sqrt(_dot(scaled, scaled))
+
+
 def _conjugate_gradients(
     product: Callable[[Tensor], Tensor], b: Tensor, relative: float
 ) -> tuple[Tensor, bool]:
@@ -180,7 +188,12 @@ def _conjugate_gradients(
 
     And whether it is, rather than as close as that many iterations came.
     """
+    size = float(b.abs().max()) if b.numel() else 0.0
+    if size == 0:
+        return torch.zeros_like(b), True
+    # On the scale of one, where squares stay in range and subnormal numbers have all their digits.
     x = torch.zeros_like(b)
+    b = b / size
     r, p = b.clone(), b.clone()
     rr = _dot(r, r)
     stop = relative * relative * rr
@@ -192,7 +205,7 @@ def _conjugate_gradients(
         x, r = x + step * p, r - step * ap
         rr, previous = _dot(r, r), rr
         p = r + (rr / previous) * p
-    return x, rr <= stop
+    return x * size, rr <= stop
 
 
 @torch.compiler.disable
@@ -204,12 +217,10 @@ def _solve_linear(product: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
         return torch.zeros_like(b)
     if not math.isfinite(size):
         return torch.full_like(b, math.nan)
-    # On the scale of one, where squares stay in range and subnormal numbers have all their digits.
-    tolerance = 8 * _default_tolerance(b.dtype)
-    x, converged = _conjugate_gradients(product, b / size, tolerance)
+    x, converged = _conjugate_gradients(product, b, 8 * _default_tolerance(b.dtype))
     if not converged:
         raise NewtonError(Status.MAX_ITERATIONS)
-    return x * size
+    return x
 
 
 @torch.compiler.disable  # a loop that asks numbers: traced, each of its lines would be a graph
@@ -245,14 +256,14 @@ def solve_convex(
     if not bool(torch.isfinite(target).all()):
         return Solution(target, Status.NONFINITE, 0, math.inf)
     tolerance = 8 * _default_tolerance(target.dtype) if tolerance is None else tolerance
-    norm = math.sqrt(_dot(target, target))
+    norm = _norm(target)
     y = torch.zeros_like(target)
     if not math.isfinite(norm):
         return Solution(y, Status.NONFINITE, 0, math.inf)
     if norm == 0:  # f(0) = 0, and there is no scale to measure a rounding error of f against
         return Solution(y, Status.CONVERGED, 0, 0.0)
     residual = target - f(y)
-    size = math.sqrt(_dot(residual, residual))
+    size = _norm(residual)
 
     at_zero = norm + (float(summed(y)) if summed else 0.0)
 
@@ -276,7 +287,7 @@ def solve_convex(
         while step > 1e-10:
             candidate = y + step * direction
             new_residual = target - f(candidate)
-            new_size = math.sqrt(_dot(new_residual, new_residual))
+            new_size = _norm(new_residual)
             fall = here - (float(potential(candidate)) - _dot(target, candidate))
             if polished or fall >= 1e-4 * step * slope or new_size < size:
                 break

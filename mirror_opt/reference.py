@@ -86,7 +86,8 @@ def _tanh_integral(t: Tensor) -> Tensor:
     # |t| + log(1 + e^(-2|t|)) - log 2, which does not overflow.
     near = t.clamp(-1, 1)
     inner = torch.log1p(2 * torch.sinh(near / 2).square())
-    outer = torch.nn.functional.softplus(-2 * t) + t - math.log(2)
+    far = t.abs()
+    outer = torch.log1p(torch.exp(-2 * far)) + far - math.log(2)
     return torch.where(t.abs() < 1, inner, outer)
 
 

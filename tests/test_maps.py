@@ -3,6 +3,7 @@
 A new map is tested by being registered.
 """
 
+import contextlib
 import inspect
 import io
 import math
@@ -10,6 +11,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mirror_opt import NewtonError, maps
 from mirror_opt.errors import InputError
@@ -488,3 +490,126 @@ def test_maps_of_empty_tensors_have_bounds(name):
     mirror_map = maps.create(name, [torch.zeros(0, 3), torch.zeros(0)])
     if mirror_map.is_dgf:
         assert 0 < mirror_map.strong_convexity() <= mirror_map.smoothness() < math.inf
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_forward_mode_is_right_or_refused(name, options, direction):
+    torch.manual_seed(10)
+    mirror_map = learned(name, options, shapes=((2, 3),))
+    (x,) = points(mirror_map, ((2, 3),))
+    function = getattr(mirror_map, direction)
+    if direction == "inverse":
+        x = mirror_map([x])[0].detach()
+    v = torch.randn_like(x)
+    h = 1e-6
+    expected = (function([x + h * v])[0] - function([x - h * v])[0]) / (2 * h)
+    for guard in (contextlib.nullcontext, torch.no_grad):
+        with guard(), forward_ad.dual_level():
+            try:
+                z = function([forward_ad.make_dual(x, v)])[0]
+            except NotImplementedError:
+                continue
+            tangent = forward_ad.unpack_dual(z).tangent
+        assert relative([tangent], [expected.detach()]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("name", "options"), DGF_CASES)
+def test_divergences_of_half_precision_points_are_not_negative(name, options, dtype):
+    torch.manual_seed(11)
+    mirror_map = learned(name, options, dtype=torch.float32, shapes=((4, 5),))
+    for _ in range(20):
+        (x,) = points(mirror_map, ((4, 5),), dtype=torch.float32)
+        x = x.to(dtype)
+        y = (x * (1 + 0.01 * torch.rand(4, 5))).to(dtype)
+        distance = mirror_map.bregman([x], [y])
+        assert distance.dtype == torch.float32
+        assert distance > -1e-5
+
+
+def test_entropies_at_the_edge_of_their_domain():
+    simplex, positive, hypentropy = (
+        maps.NegativeEntropy(), maps.NegativeEntropy(simplex=False), maps.Hypentropy()
+    )  # fmt: skip
+    z = torch.tensor([[0.0, -104.0]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(simplex.conjugate([z]), z)
+    assert torch.equal(gradient, torch.tensor([[1.0, 0.0]]))
+    x = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    y = torch.tensor([[0.5, 0.5]])
+    divergence = simplex.bregman([x], [y])
+    assert divergence.item() == pytest.approx(math.log(2))
+    assert torch.autograd.grad(divergence, x)[0].isfinite().all()
+    far = torch.tensor([706.0, -800.0], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(positive.conjugate([far]), far)
+    assert torch.equal(gradient, far.detach().exp())
+    assert hypentropy.conjugate([far[:1]]).item() == pytest.approx(math.cosh(706.0), rel=1e-12)
+
+
+@pytest.mark.parametrize("terms", [1, 2])
+def test_a_coupled_solve_over_all_of_float64(terms):
+    torch.manual_seed(0)
+    mirror_map = learned("kronecker", {"terms": terms}, shapes=((4, 3),))
+    for scale in (1e-300, 1e-170, 1e-150, 1e150, 1e300):
+        x = [scale * torch.randn(4, 3, dtype=torch.float64)]
+        torch.testing.assert_close(mirror_map.inverse(mirror_map(x))[0], x[0], rtol=1e-10, atol=0)
+
+
+def test_pnorm_on_the_meta_device():
+    x = torch.randn(3, device="meta")
+    assert maps.PNorm(3.0, eps=0.5).inverse([x])[0].shape == (3,)
+
+
+@pytest.mark.parametrize("name", ["separable", "kronecker"])
+def test_calibration_takes_displacements_of_the_tensors(name):
+    mirror_map = maps.create(name, [torch.zeros(3, 2), torch.zeros(2)])
+    for wrong in ([torch.ones(2, 3), None], [torch.tensor(1.0), None]):
+        with pytest.raises(InputError, match=r"displacement of tensor 0 has shape .* \(3, 2\)"):
+            mirror_map.calibrate([wrong])
+    with pytest.raises(InputError, match="built for 2 tensors and got 1"):
+        mirror_map.calibrate([[torch.ones(3, 2)]])
+
+
+@pytest.mark.parametrize(
+    ("mirror_map", "mu", "ell"),
+    [
+        (maps.Euclidean(), 1, 1),
+        (maps.PNorm(2.0), 1, 1),
+        (maps.PNorm(2.0, eps=0.5), 1.5, 1.5),
+        (maps.PNorm(3.0, eps=0.5), 0.5, math.inf),
+        (maps.PNorm(1.5), 0, math.inf),
+        (maps.Hypentropy(0.1), 0, 10),
+        (maps.NegativeEntropy(), 1, math.inf),
+        (maps.NegativeEntropy(simplex=False), 0, math.inf),
+    ],
+    ids=str,
+)
+def test_constants_of_closed_maps(mirror_map, mu, ell):
+    assert mirror_map.strong_convexity().item() == pytest.approx(mu)
+    assert mirror_map.smoothness().item() == pytest.approx(ell)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [c for c in DGF_CASES if maps.REGISTRY[c.values[0]].owns_tensors]
+)
+def test_bounds_of_learned_maps_are_near_what_there_is(name, options):
+    torch.manual_seed(12)
+    shape = (3, 2)
+    mirror_map = learned(name, options, shapes=(shape,))
+    low, high = math.inf, 0.0
+    for scale in (0.0, 0.1, 1.0, 10.0):
+        for _ in range(5):
+            x = scale * torch.randn(shape, dtype=torch.float64)
+            if mirror_map.forward_is_closed:
+                jacobian = torch.autograd.functional.jacobian(lambda x: mirror_map([x])[0], x)
+            else:
+                jacobian = torch.autograd.functional.jacobian(
+                    lambda z: mirror_map.inverse([z])[0], x
+                )
+            values = torch.linalg.eigvalsh(jacobian.reshape(6, 6))
+            if not mirror_map.forward_is_closed:
+                values = 1 / values
+            low, high = min(low, values.min().item()), max(high, values.max().item())
+    # Over a tensor with a rotation the bounds of the factors are multiplied.
+    assert low / 6 <= mirror_map.strong_convexity().item() <= low * (1 + 1e-9)
+    assert high * (1 - 1e-9) <= mirror_map.smoothness().item() <= 6 * high

@@ -73,3 +73,11 @@ def test_far_out_in_float32(sigma):
     value = reference.psi(u, units, sigma)
     assert torch.isfinite(value).all()
     assert torch.isfinite(torch.autograd.grad(value.sum(), u)[0]).all()
+
+
+def test_the_integral_of_tanh_is_even_and_its_derivative():
+    t = torch.tensor([-1e6, -30.0, -10.5, -9.5, -0.1, 0.0], dtype=torch.float64, requires_grad=True)
+    integral = SIGMAS["tanh"].integral
+    assert torch.equal(integral(t), integral(-t))
+    (slope,) = torch.autograd.grad(integral(t).sum(), t)
+    torch.testing.assert_close(slope, torch.tanh(t.detach()), rtol=1e-14, atol=0)

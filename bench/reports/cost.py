@@ -13,7 +13,7 @@ def meta_overhead() -> str:
     last = rows[-1]["date"]
     rows = [r for r in rows if r["date"][:16] == last[:16]]
     body = [[r["name"], f"{r['seconds']:.3f}", f"{r['ratio']:.2f}"] for r in rows]
-    head = ["meta-gradient of MAML", "seconds, median", "ratio to by hand"]
+    head = ["meta-gradient of MAML", "seconds, median", "ratio to by hand, median of rounds"]
     return f"{table(head, body)}\n\n{circumstances(rows)}"
 
 
@@ -40,7 +40,8 @@ def compiled_step() -> str:
     head = ["optimizer", "train step, eager", "compiled", "step alone, eager", "compiled"]
     count = rows[0]["parameters"]
     return (
-        f"Milliseconds, medians; {count:,} parameters, one thread.\n\n"
+        f"Milliseconds, medians, in brackets the median over rounds of the ratio within a round; "
+        f"{count:,} parameters, one thread.\n\n"
         f"{table(head, body)}\n\n{circumstances(rows)}"
     )
 
@@ -59,7 +60,8 @@ def compiled_inner_step() -> str:
         body.append([name, *(milliseconds(by[name, way]) for way in heads), f"{compiling:.0f}"])
     head = ["map", *heads.values(), "seconds to compile"]
     return (
-        f"Milliseconds, medians, in brackets the ratio to `meta_loss`; {rows[0]['tasks']} tasks of "
+        "Milliseconds, medians, in brackets the median over rounds of the ratio to `meta_loss` "
+        f"within a round; {rows[0]['tasks']} tasks of "
         f"{rows[0]['steps']} inner steps, one thread.\n\n{table(head, body)}\n\n"
         f"{circumstances(rows)}"
     )

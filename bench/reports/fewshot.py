@@ -8,6 +8,15 @@ from results import read_rows
 
 from reports.frame import COLOURS, PENDING, canvas, circumstances, part, picture, save, table
 
+TITLES = {
+    "sinusoid": "Sinusoid",
+    "sinusoid-1000": "Sinusoid",
+    "omniglot-1": "Omniglot",
+    "omniglot-5": "Omniglot",
+    "glyphs-1": "Glyphs",
+    "cifar-fs-1": "CIFAR-FS",
+}
+
 
 def finals(study: str) -> list[dict]:
     """The results at the rates that the search found, as far as it has been run."""
@@ -53,10 +62,10 @@ def study_table(study: str) -> str:
     what = "Query accuracy in %" if percent else "Query MSE"
     ways = f"{first['ways']}-way " if first["ways"] else ""
     title = (
-        f"{first['task']}, {ways}{first['shots']}-shot, inner steps in training: "
+        f"{TITLES[study]}, {ways}{first['shots']}-shot, inner steps in training: "
         f"{first['train_steps']}, meta-iterations: {first['iterations']}. {what} on "
         f"{first['test_tasks']} new tasks after each number of adaptation steps, mean ± standard "
-        "deviation over seeds."
+        "deviation over seeds. Past the trained steps the guard is on."
     )
     head = ["method", "rates (init, map)", *[str(s) for s in steps], "seeds"]
     parts = [title, table(head, body), paired(rows), circumstances(rows)]
@@ -117,7 +126,7 @@ def search_table(study: str) -> str:
     title = (
         f"{what} on {first['test_tasks']} validation tasks after {first['train_steps']} adaptation "
         f"step{'s' * (first['train_steps'] != 1)}, seed {first['seed']}; columns: rates of the "
-        "init / of the map (the init's alone for MAML)."
+        f"init / of the map (the init's alone for MAML); {first['iterations']} meta-iterations."
     )
     head = ["method", *[f"{i:g} / {m:g}" for i, m in columns]]
     note = f"Best at an edge of what was searched: {', '.join(edges)}." if edges else ""
@@ -199,7 +208,7 @@ def draw_study(study: str) -> None:
     if not percent:
         axes.set_yscale("log")
     trained = rows[0]["train_steps"]
-    axes.set_title(f"{rows[0]['task']}, trained at {trained} step{'s' * (trained != 1)}")
+    axes.set_title(f"{TITLES[study]}, trained at {trained} step{'s' * (trained != 1)}")
     figure.legend(frameon=False, loc="outside right upper")
     save(figure, study)
 

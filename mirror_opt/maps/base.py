@@ -48,6 +48,10 @@ def dot(xs: Tensors, ys: Tensors) -> Tensor:
     return torch.stack(terms).sum() if terms else torch.zeros(())
 
 
+def _at_least_float32(xs: Tensors) -> Tensors:
+    return [None if x is None else x.to(at_least_float32(x.dtype)) for x in xs]
+
+
 class MirrorMap(nn.Module):
     r"""The gradient of a distance-generating function (DGF) h over a sequence of tensors.
 
@@ -135,15 +139,18 @@ class MirrorMap(nn.Module):
         return self._each(self._gradient_conjugate, zs, coefficients)
 
     def potential(self, xs: Tensors) -> Tensor:
-        """h(x), a 0-dim tensor; raises as ``forward``."""
+        """h(x), a 0-dim tensor of at least float32; raises as ``forward``."""
         return self._total(self._potential, xs)
 
     def conjugate(self, zs: Tensors) -> Tensor:
-        """The convex conjugate h*(z), a 0-dim tensor; raises as ``inverse``."""
+        """The convex conjugate h*(z), a 0-dim tensor of at least float32; raises as ``inverse``."""
         return self._total(self._conjugate, zs)
 
     def bregman(self, xs: Tensors, ys: Tensors) -> Tensor:
-        """D_h(x, y) = h(x) - h(y) - <grad h(y), x - y> >= 0, 0-dim; raises as ``forward``."""
+        """D_h(x, y) = h(x) - h(y) - <grad h(y), x - y> >= 0, as ``potential``; raises as
+        ``forward``."""
+        # Differences of large numbers, for which half precision is too coarse.
+        xs, ys = _at_least_float32(xs), _at_least_float32(ys)
         step = [None if x is None or y is None else x - y for x, y in zip(xs, ys, strict=True)]
         return self.potential(xs) - self.potential(ys) - dot(self.forward(ys), step)
 
@@ -242,7 +249,8 @@ class MirrorMap(nn.Module):
         return tuple(results)
 
     def _total(self, function: Callable[[Tensor, Any], Tensor], xs: Tensors) -> Tensor:
-        terms = [function(batch.x, batch.coefficient) for batch in self._batches(xs, None)]
+        batches = self._batches(_at_least_float32(xs), None)
+        terms = [function(batch.x, batch.coefficient) for batch in batches]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
 
@@ -271,7 +279,7 @@ class OwningMap(MirrorMap):
         self.shapes = [tuple(p.shape) for p in params]
 
     def _widened(self, xs: Tensors) -> Tensors:
-        return [None if x is None else x.to(at_least_float32(x.dtype)) for x in xs]
+        return _at_least_float32(xs)
 
     def _own_dtype(self, coefficient: Any) -> torch.dtype:
         """The dtype of what the map computes from its own parameters for one tensor."""
@@ -297,9 +305,16 @@ class OwningMap(MirrorMap):
         self, displacements: Sequence[Tensors], index: int, coefficient: Any
     ) -> list[Tensor]:
         """What there is of one tensor to calibrate on, widened."""
+        for d in displacements:
+            self._check_count(d, len(self.shapes))
         found = [self._widened([d[index]])[0] for d in displacements]
         samples = [x for x in found if x is not None]
         for x in samples:
+            if x.shape != self.shapes[index]:
+                raise InputError(
+                    f"a displacement of tensor {index} has shape {tuple(x.shape)}: pass one of "
+                    f"{self.shapes[index]}"
+                )
             self._check_dtype(index, x, coefficient)
         return samples
 

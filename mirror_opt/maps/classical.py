@@ -130,7 +130,7 @@ def _pnorm_root(t: Tensor, p: float, eps: float) -> tuple[Tensor, Tensor]:
 
 @_pnorm_root.register_fake
 def _(t: Tensor, p: float, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(t), torch.empty((), dtype=torch.int32)
+    return torch.empty_like(t), torch.zeros((), dtype=torch.int32)  # read on the meta device
 
 
 class _PNormRoot(torch.autograd.Function):
@@ -169,10 +169,13 @@ class PNorm(MirrorMap):
 
     p-norm mirror descent (Azizan, Lale and Hassibi 2021); p = 2 is gradient descent, p near 1
     favours sparse solutions, large p those of small maximum norm. The inverse is closed for
-    eps = 0, else Newton. Large p need entries above t^(1/(p-1)), t the smallest normal number of
-    the dtype (in float32: 3e-10 for p = 5, 0.01 for p = 20): smaller ones lose their digits in the
-    dual, and then become 0. For p < 2 the slope of grad h at 0 is infinite; the derivative there is
+    eps = 0, else Newton. For p < 2 the slope of grad h at 0 is infinite; the derivative there is
     taken as 0, so that meta-gradients stay finite.
+
+    With t the smallest normal number of the dtype: large p need entries above t^(1/(p-1)) (in
+    float32 3e-10 for p = 5, 0.01 for p = 20), for smaller ones lose their digits in the dual, and
+    then become 0. For p near 1, steps that are smaller than t^(p-1) (1e-4 for p = 1.1) do not leave
+    0 unless ``MirrorDescent`` keeps a dual state, for their sum is stored as an x below t.
 
     mu = eps, plus 1 for p = 2; without eps there is none (for p < 2, h is strongly convex on
     bounded sets only). ell is finite for p = 2 alone.
@@ -265,6 +268,10 @@ class Hypentropy(MirrorMap):
         root = r * (r / (1 + torch.hypot(torch.ones_like(r), r)))
         return self.beta * (r * _asinh(r) - root).sum()
 
+    def _conjugate(self, z: Tensor, coefficient: None) -> Tensor:
+        # cosh z - 1, without cancellation.
+        return 2 * self.beta * torch.sinh(z / 2).square().sum()
+
     def strong_convexity(self) -> Tensor:
         return torch.zeros(())
 
@@ -307,7 +314,11 @@ class NegativeEntropy(MirrorMap):
         return torch.softmax(z, -1) if self.simplex else z.exp()
 
     def _potential(self, x: Tensor, coefficient: None) -> Tensor:
-        return (torch.xlogy(x, x) - x).sum()
+        return (x * self._gradient(x, None) - x).sum()
+
+    def _conjugate(self, z: Tensor, coefficient: None) -> Tensor:
+        # On the simplex -x sums to -1 in each row.
+        return (torch.logsumexp(z, -1) + 1).sum() if self.simplex else z.exp().sum()
 
     def strong_convexity(self) -> Tensor:
         return torch.ones(()) if self.simplex else torch.zeros(())

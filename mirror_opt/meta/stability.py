@@ -2,8 +2,8 @@ r"""The guard: taking more steps than were trained never destroys a model.
 
 A valid distance-generating function makes -g a descent direction in its geometry, so a step that is
 too long can always be saved by a shorter one; that is not so for a preconditioner that is not
-positive definite. The guard needs no extra passes: the candidate's loss and gradient are those of
-the next step.
+positive definite. The guard needs one extra pass in all: the candidate's loss and gradient are
+those of the next step.
 
 For a candidate phi_c with loss L_c and gradient g_c, from phi with L and g and step size a:
 

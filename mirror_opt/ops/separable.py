@@ -182,7 +182,12 @@ def _register(
 
 
 def _call(name: str, *args):
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        return _OPERATORS[name](*args)
+    # In forward mode the operator would drop the tangents where nothing requires a gradient; the
+    # function says that it has no forward mode.
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    if forward_mode or torch._C._are_functorch_transforms_active():
         return _FUNCTIONS[name].apply(*args)
     return _OPERATORS[name](*args)
 
