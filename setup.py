@@ -38,11 +38,24 @@ _NVCC = [
 ]  # fmt: skip
 
 
+def _wanted() -> list[str]:
+    """The libraries that MIRROR_OPT_BUILD_EXT names, "0" for none; empty where it is not set."""
+    names = [name.strip() for name in os.environ.get("MIRROR_OPT_BUILD_EXT", "").split(",")]
+    names = [name for name in names if name]
+    if unknown := set(names) - {"0", "cpu", "cuda"}:
+        raise SystemExit(
+            f"MIRROR_OPT_BUILD_EXT: no library {', '.join(sorted(unknown))}: name cpu, cuda or "
+            "both, with a comma between, or 0 for none"
+        )
+    return names
+
+
 class BuildLibraries(build_ext):
     """Builds what can be built, and writes down why the rest was not."""
 
     def run(self) -> None:
         self.reasons: dict[str, str] = {}
+        _wanted()
         super().run()
 
     def build_extensions(self) -> None:
@@ -54,9 +67,9 @@ class BuildLibraries(build_ext):
     def build_extension(self, extension: Extension) -> None:
         name, target = extension.name.rpartition("_")[2], self._built(extension)
         target.unlink(missing_ok=True)
-        wanted = os.environ.get("MIRROR_OPT_BUILD_EXT")
-        if wanted and name not in wanted.split(","):
-            self.reasons[name] = f"it was not built: MIRROR_OPT_BUILD_EXT={wanted}"
+        wanted = _wanted()
+        if wanted and name not in wanted:
+            self.reasons[name] = f"it was not built: MIRROR_OPT_BUILD_EXT={','.join(wanted)}"
             return
         if name == "cuda" and not wanted and not _has_device():
             self.reasons[name] = (

@@ -178,11 +178,13 @@ template <class V, class M> struct Newton {
 template <class T, class V, class Units>
 MIRROR_FN auto newton(V y, V target, V scale, const Units& units) {
   const auto point = psi_slope(y, units);
-  const V residual = point.value - target, square = point.slope * point.slope;
-  const V error = units.bounds.curvature * abs(residual);
-  const auto last = (2 * error <= square) & (point.slope > 0) &
-                    (error * abs(residual) <= (2 * Limits<T>::eps) * (square * scale));
-  return Newton<V, decltype(last)>{residual, y - residual * reciprocal(point.slope), last};
+  const V residual = point.value - target, inverse = reciprocal(point.slope);
+  // Divided by p, where p^2 could overflow and would pass for a proof of anything. What overflows
+  // here is no proof, nor is a slope that is infinite.
+  const V step = residual * inverse, error = units.bounds.curvature * abs(residual) * inverse;
+  const auto last = (2 * error <= point.slope) & (inverse > 0) &
+                    (error * abs(step) <= (2 * Limits<T>::eps) * scale);
+  return Newton<V, decltype(last)>{residual, y - step, last};
 }
 
 // newton.solve_monotone, lane by lane. The bracket always holds the root; a step that leaves it, or

@@ -62,7 +62,7 @@ void step_(Tensors params, Tensors grads, Tensor lr, Tensors gains, Tensors w, T
   const auto device = params[0].get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
 
   Launch launch{};
   launch.options.momentum = static_cast<float>(momentum);

@@ -203,12 +203,14 @@ def psi_and_slope(u, p, K: tl.constexpr):
 
 @triton.jit
 def sigmoid_sums(u, q, unit, p):
-    """q sigma(t), q sigma'(t), q t sigma'(t) of one unit: what the coefficients' gradients sum."""
+    """q (sigma - sigma_0), q (sigma' - sigma'_0) and q u sigma' of one unit, with sigma_0 that at
+    u = 0: what the coefficients' gradients sum."""
     _, s, b = unit
-    t = s * _within(u, p.reach) + b
-    r = _rsqrt(t * t + 1.0)
-    slope = q * (r * r * r)
-    return q * (t * r), slope, slope * t
+    v = _within(u, p.reach)
+    t = s * v + b
+    r, r0 = _rsqrt(t * t + 1.0), _rsqrt(b * b + 1.0)
+    slope = r * r * r
+    return q * (t * r - b * r0), q * (slope - r0 * r0 * r0), q * v * slope
 
 
 @triton.jit

@@ -164,5 +164,8 @@ def _check(
         )
     if n > LARGEST_MODE:
         raise InputError(f"Invalid mode of {n} entries: pass at most {LARGEST_MODE}")
-    if h * w >= 2**31:
-        raise InputError(f"Invalid matrices of {h * w} entries: pass fewer than 2^31")
+    if max(h * w, factor.numel(), units[0].numel()) >= 2**31:
+        raise InputError(
+            f"Invalid matrices of {h * w} entries, {factor.numel()} entries of factors and "
+            f"{units[0].numel()} coefficients: pass fewer than 2^31 of each"
+        )

@@ -115,11 +115,12 @@ def _read_all(
     row, start, entry, inside, o, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """What the step reads of a tile, and zeros for what it does not."""
+    """What the step reads of a tile; zeros for what it does not, and ones for the gain."""
     none = tl.zeros(entry.shape, tl.float32)
     x = _read(row.param, start, entry, inside, 0.0, PARAM, ALIGNED)
     g = _read(row.grad, start, entry, inside, 0.0, GRAD, ALIGNED)
-    e, b, a, zeta, z0 = none, none, none, none, none
+    e = tl.full(entry.shape, 1.0, tl.float32)
+    b, a, zeta, z0 = none, none, none, none
     if o.gain == _ELEMENT:
         e = _read(row.gain, start, entry, inside, 1.0, tl.float32, ALIGNED)
     if o.momentum:
@@ -205,17 +206,24 @@ def _update(
         g = rates.momentum * buffer + g if o.nesterov else buffer
     y, zeta = _mirror(x, rates.lr * g, anchor, zeta, z0, gain, rates.shrink, p, o, K)
     # Rounding to a half precision can overflow.
-    rounded = tl.abs(y.to(PARAM).to(tl.float32))
-    failed = any_true((rounded < float("inf")) == 0)
+    finite = tl.abs(y.to(PARAM).to(tl.float32)) < float("inf")
+    if o.momentum:
+        finite &= tl.abs(buffer.to(STATE).to(tl.float32)) < float("inf")
+    if o.dual:
+        finite &= tl.abs(zeta) < float("inf")
+    failed = any_true(finite == 0)
     if whole & (failed == 0):
         _write_all(row, start, entry, None, y, buffer, zeta, o, PARAM, STATE, ALIGNED)
     else:
-        good = (entry >= first) & (entry < limit) & (rounded < float("inf"))
+        good = (entry >= first) & (entry < limit) & finite
         _write_all(row, start, entry, good, y, buffer, zeta, o, PARAM, STATE, ALIGNED)
     if failed:
-        # As newton.Status. The iteration limit alone gives +Inf in float32.
-        code = tl.where(y == float("inf"), 1, 2)
-        tl.atomic_max(status_ptr, tl.max(tl.where(rounded < float("inf"), 0, code)))
+        # As newton.Status. Of a solve that ends the step, the iteration limit alone gives +Inf in
+        # float32.
+        code = tl.full(entry.shape, 2, tl.int32)
+        if o.primal:
+            code = tl.where(y == float("inf"), 1, code)
+        tl.atomic_max(status_ptr, tl.max(tl.where(finite, 0, code)))
 
 
 @triton.jit

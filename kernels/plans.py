@@ -5,8 +5,10 @@ sizes for each tensor, ``programs`` a row for each program. They are made once f
 and kept, by addresses, so that a step costs no more than looking them up.
 """
 
+import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -99,20 +101,28 @@ class Launch(NamedTuple):
 class _Recent(OrderedDict):
     """The values that were used last, by what they were made from."""
 
+    def recall(self, key: Any) -> Any:
+        """The value, None where there is none."""
+        with _lock:
+            if key in self:
+                self.move_to_end(key)
+            return self.get(key)
+
     def make(self, key: Any, function: Callable[[], Any]) -> Any:
-        value = self.get(key)
+        value = self.recall(key)
         if value is None:
             value = function()
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 return value  # its copy is part of the graph: outside, the table is empty
-            self[key] = value
-            if len(self) > _MAX_RECENT:
-                self.popitem(last=False)
-        self.move_to_end(key)
+            with _lock:
+                self[key] = value
+                if len(self) > _MAX_RECENT:
+                    self.popitem(last=False)
         return value
 
 
 _MAX_RECENT = 64
+_lock = threading.Lock()
 _recent_launches = _Recent()
 _recent_programs = _Recent()
 # A graph may be replayed whenever: its tables are kept for good.
@@ -122,17 +132,18 @@ _captured: list[_Table] = []
 def _programs(shapes: Sequence[tuple[int, int, bool]]) -> Tensor:
     """Rows (tensor, channel or -1, begin, end), int64, for tensors (C, n), wide or not."""
     # Shorter stretches where there is too little work to fill a large GPU with long ones.
+    arange = partial(torch.arange, device="cpu")  # whatever the default
     total = sum(channels * n for channels, n, _ in shapes)
     stretch = min(max(total // _PROGRAMS // WIDE, 1) * WIDE, _STRETCH)
     rows = []
     for i, (channels, n, wide) in enumerate(shapes):
         if wide:
             pieces = triton.cdiv(n, stretch)
-            channel = torch.arange(channels).repeat_interleave(pieces)
-            begin = channel * n + torch.arange(pieces).repeat(channels) * stretch
+            channel = arange(channels).repeat_interleave(pieces)
+            begin = channel * n + arange(pieces).repeat(channels) * stretch
             end = torch.minimum(begin + stretch, (channel + 1) * n)
         else:
-            begin = torch.arange(0, channels * n, NARROW)
+            begin = arange(0, channels * n, NARROW)
             channel = torch.full_like(begin, -1)
             end = (begin + NARROW).clamp(max=channels * n)
         rows.append(torch.stack([torch.full_like(begin, i), channel, begin, end], 1))
@@ -206,9 +217,8 @@ def plan(
         )
         for xs in lists for x in ((None,) if xs is None else xs)
     ) + tuple(w.shape for w in lists[-3])
-    launches = _recent_launches.get(key)
+    launches = _recent_launches.recall(key)
     if launches is not None:
-        _recent_launches.move_to_end(key)
         return launches, []
     params = lists[0]
     if any(xs is not None and len(xs) != len(params) for xs in lists):
@@ -247,5 +257,6 @@ def _plan_launches(items: Sequence[Item], device: torch.device) -> list[Launch]:
             "PARAM": _DTYPES[param], "GRAD": _DTYPES[grad], "STATE": _DTYPES[state], "K": k,
             "GAIN": gain,
         }
-        launches.append(Launch(_Table(torch.tensor(rows), device), programs, compiled_for))
+        tensors = _Table(torch.tensor(rows, device="cpu"), device)
+        launches.append(Launch(tensors, programs, compiled_for))
     return launches

@@ -113,8 +113,9 @@ def _backward_kernel(
     """Gradients in u and gain of one tile, and the tile's share of those in w, s and c.
 
     The latter are sum q d_theta psi(u) with a weight q for each entry. A tile leaves its sums over
-    the entries of q sigma, q sigma' and q t sigma' for each unit, and that of q, as one column of
-    ``(3 K + 1, sharing rows and their tiles, columns)``.
+    the entries of q (sigma - sigma_0), q (sigma' - sigma'_0) and q u sigma' for each unit, with
+    sigma_0 that at u = 0, as one column of ``(3 K, sharing rows and their tiles, columns)``. Taken
+    apart entry by entry, the differences are exact near u = 0, and zero there.
     """
     row, exists, entries, tile = _tile(rows, tiles, CB, NB)
     channel = row % columns
@@ -144,11 +145,10 @@ def _backward_kernel(
     # Not unrolled: the sums of all units in flight at once would spill.
     for k in range(K):
         unit = load_unit(w_ptr, s_ptr, c_ptr, k, channel, columns)
-        value, slope, moment = sigmoid_sums(u, q, unit, p)
+        value, slope, lever = sigmoid_sums(u, q, unit, p)
         _store_sum(to + 3 * k * stretch, value, exists, LAST)
         _store_sum(to + (3 * k + 1) * stretch, slope, exists, LAST)
-        _store_sum(to + (3 * k + 2) * stretch, moment, exists, LAST)
-    _store_sum(to + 3 * K * stretch, q, exists, LAST)
+        _store_sum(to + (3 * k + 2) * stretch, lever, exists, LAST)
 
 
 @triton.jit
@@ -184,19 +184,15 @@ def _collect_kernel(
     k = tl.program_id(1)
     at = k * columns + channel
     w = tl.load(w_ptr + at, mask=inside, other=0.0)
-    s = tl.load(s_ptr + at, mask=inside, other=1.0)
+    s = tl.load(s_ptr + at, mask=inside, other=0.0)
     c = tl.load(c_ptr + at, mask=inside, other=0.0)
     values = _sum_stretch(partial_ptr, 3 * k, length, columns, channel, JB, CB)
     slopes = _sum_stretch(partial_ptr, 3 * k + 1, length, columns, channel, JB, CB)
-    moments = _sum_stretch(partial_ptr, 3 * k + 2, length, columns, channel, JB, CB)
-    weights = _sum_stretch(partial_ptr, 3 * K, length, columns, channel, JB, CB)
-    # reference.psi_units_gradient with s (u - c) = t, and the constant sigma(-s c) taken out.
-    t0 = tl.minimum(tl.maximum(-s * c, -1e9), 1e9)
-    r0 = tl.rsqrt(t0 * t0 + 1.0)
-    slope0 = r0 * r0 * r0
-    tl.store(grad_w_ptr + at, values - weights * (t0 * r0), mask=inside)
-    tl.store(grad_s_ptr + at, w * (moments / s + c * slope0 * weights), mask=inside)
-    tl.store(grad_c_ptr + at, w * s * (slope0 * weights - slopes), mask=inside)
+    levers = _sum_stretch(partial_ptr, 3 * k + 2, length, columns, channel, JB, CB)
+    # reference.psi_units_gradient, the terms of u apart from those of c.
+    tl.store(grad_w_ptr + at, values, mask=inside)
+    tl.store(grad_s_ptr + at, w * (levers - c * slopes), mask=inside)
+    tl.store(grad_c_ptr + at, -w * s * slopes, mask=inside)
 
 
 def forward(u: Tensor, gain: Tensor, w: Tensor, s: Tensor, c: Tensor) -> Tensor:
@@ -233,7 +229,7 @@ def backward(
     nb, cb = _tile_shape(n)
     tiles = triton.cdiv(n, nb)
     length = rows // columns * tiles
-    partial = w.new_empty(3 * units + 1, length, columns)
+    partial = w.new_empty(3 * units, length, columns)
     _backward_kernel[triton.cdiv(rows, cb) * tiles,](
         grad, at, gain, w, s, c, grad_u, grad_gain, partial, rows, n, columns, gain.shape[0],
         tiles, K=units, INVERTED=inverted, CB=cb, NB=nb, num_warps=_WARPS,
@@ -294,6 +290,12 @@ def _check(
                 f"Invalid {name} of shape {tuple(y.shape)}, dtype {y.dtype} and strides "
                 f"{y.stride()}: pass {tuple(shape)}, contiguous, {' or '.join(map(str, dtypes))}"
             )
+    # Of the products of indices, those with n are of 64 bits.
+    if max(x.shape[0] + _TILES[0][1], w.numel(), gain.shape[0]) >= 2**31:
+        raise InputError(
+            f"Invalid operands of {x.shape[0]} rows and {w.numel()} coefficients: pass fewer than "
+            "2^31 to the Triton kernels, or choose use_backend('torch')"
+        )
     for name, count in (("gain", gain.shape[0]), ("w", w.shape[1])):
         if x.shape[0] % max(count, 1):
             raise InputError(

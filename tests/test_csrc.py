@@ -79,3 +79,27 @@ class TestLibrary:
             assert select(best) == best
         finally:
             select(best)
+
+
+@needs_sources
+def test_unknown_libraries_are_refused(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)]
+    environment = {**os.environ, "MIRROR_OPT_BUILD_EXT": "cpu, cud"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "MIRROR_OPT_BUILD_EXT: no library cud" in run.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+# Of the macros of LibTorch's stable interface those that the oldest torch that is served has.
+MACROS = {
+    "STABLE_TORCH_LIBRARY", "STABLE_TORCH_LIBRARY_IMPL", "STD_TORCH_CHECK", "TORCH_BOX",
+    "TORCH_ERROR_CODE_CHECK",
+}  # fmt: skip
+
+
+@needs_sources
+def test_the_sources_use_what_the_oldest_torch_has():
+    text = "".join(path.read_text() for path in (ROOT / "csrc").iterdir())
+    used = set(re.findall(r"\b((?:STABLE|STD|TORCH|C10|AT)_[A-Z_]+)\(", text))
+    assert used == MACROS

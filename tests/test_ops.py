@@ -162,6 +162,23 @@ def test_extreme_coefficients(extreme, dtype):
     assert_close(residual.to(dtype), value.double(), scale=steepest * scale)
 
 
+@pytest.mark.parametrize(("w", "s"), [(1e10, 1e10), (1e5, 1e15), (1.0, 1e20), (1e12, 1e8)])
+def test_slopes_whose_square_leaves_the_range(w, s):
+    units = Units(*(torch.tensor([[x]]) for x in (w, s, 0.0)))
+    t = w * torch.tensor([0.1, 0.5, -0.7, 0.9])
+    y = separable_inverse(t, torch.ones(4), units)
+    residual = reference.psi(y.double(), Units(*(x.double() for x in units))) - t.double()
+    assert residual.abs().max() <= 1e-5 * w
+
+
+def test_a_gain_for_a_whole_tensor():
+    for gain, units in (((1,), (1,)), ((3, 1), (3, 1)), ((1, 1), (3, 1))):
+        shape = (40,) if len(gain) == 1 else (3, 40)
+        u, e, *coefficients = operands(shape, gain, units)
+        expected = reference_value(u, e, *coefficients)
+        assert_close(separable_forward(u, e, Units(*coefficients)), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_origin_is_kept_to_the_bit(dtype):
     units = Units(*(x.to(dtype) for x in random_units(5, 9, 1)))

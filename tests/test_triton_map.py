@@ -210,3 +210,21 @@ def test_an_iteration_limit_is_reported(device, monkeypatch):
     y, status = separable.inverse(case.x + 0.25, case.gain, *case.units)
     assert int(status) == Status.MAX_ITERATIONS
     assert bool(y.isnan().any())
+
+
+def test_gradients_at_zero_are_zero_exactly(device):
+    # An outer Adam makes steps of full size of what is noise.
+    case = Case((2, 64, 2, 2, 3), device)
+    x = torch.zeros_like(case.x)
+    _, gain, *units = separable.backward(case.g, x, case.gain, *case.units, False)
+    assert not gain.any()
+    assert not units[0].any()  # psi(0) = 0 for every w, s and c
+    assert not units[1].any()
+    assert not units[2].any()
+
+
+def test_indices_beyond_32_bits_are_refused(device):
+    x = torch.empty(2**31, 0, device=device)
+    gain, unit = torch.empty(1, 0, device=device), torch.empty(1, 1, device=device)
+    with pytest.raises(InputError, match=r"2147483648 rows .* use_backend\('torch'\)"):
+        separable.forward(x, gain, unit, unit, unit)

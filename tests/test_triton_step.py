@@ -1,5 +1,8 @@
 """The in-place multi-tensor step against its equations in float64."""
 
+import sys
+import threading
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +12,7 @@ from mirror_opt import MirrorDescent, maps, reference, use_backend
 from mirror_opt.backends import plain
 from mirror_opt.errors import InputError
 from mirror_opt.newton import Status
+from mirror_opt.ops import separable_step_
 from mirror_opt.reference import Units
 
 pytest.importorskip("triton")
@@ -359,3 +363,82 @@ class TestOnADevice:
             eager.step(lr)
         for p, q in zip(graphed.params, eager.params, strict=True):
             assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("primal", [True, False])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("dual", [False, True])
+def test_without_gains_they_are_one(primal, decay, dual, device):
+    torch.manual_seed(0)
+    units = [Units(*(x.to(device) for x in make_units(2, 1, torch.Generator().manual_seed(0))))]
+    results = []
+    for gains in ([], [torch.ones(40, device=device)]):
+        params = [torch.linspace(-2, 2, 40, device=device)]
+        options = {"weight_decay": decay, "primal": primal}
+        if dual:
+            options["duals"] = [torch.linspace(-1, 1, 40, device=device)]
+        with use_backend("triton"):
+            status = separable_step_(
+                params, [torch.cos(params[0])], LR, gains, units, **options
+            )
+        assert status.item() == Status.CONVERGED
+        results.append(params + options.get("duals", []))
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y)
+        assert x.abs().max() > 0.5
+
+
+def test_a_buffer_that_overflows_keeps_parameter_and_state(device):
+    start = torch.tensor([1.0, 2.0, 3.0, 4.0], device=device)
+    grad = torch.tensor([1.0, 1e5, -3e5, 2.0], device=device)
+    units = [Units(*torch.zeros(3, 1, 1, device=device))]
+    params, buffers = [start.clone()], [torch.zeros(4, dtype=torch.float16, device=device)]
+    with use_backend("triton"):
+        status = separable_step_(
+            params, [grad], 1e-3, [], units, buffers=buffers, momentum=0.9, primal=True
+        )
+    assert status.item() == Status.NONFINITE
+    torch.testing.assert_close(params[0], start - torch.tensor([1e-3, 0, 0, 2e-3], device=device))
+    assert buffers[0].tolist() == [1.0, 0.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize("grad", [float("inf"), -float("inf"), -3e38])
+def test_only_a_solve_that_ends_the_step_reaches_its_limit(grad, device):
+    units = [Units(*torch.zeros(3, 1, 1, device=device))]
+    params = [torch.ones(2, device=device)]
+    with use_backend("triton"):
+        status = separable_step_(
+            params, [torch.full((2,), grad, device=device)], 10.0, [], units, primal=False
+        )
+    assert status.item() == Status.NONFINITE
+    assert params[0].tolist() == [1.0, 1.0]
+
+
+def test_tables_are_made_on_the_cpu_whatever_the_default_device(device):
+    with torch.device("meta"):
+        assert plans._programs(((1, 300, True), (4, 3, False))).device.type == "cpu"
+
+
+def test_tables_are_remembered_by_several_threads(device):
+    recent, errors = plans._Recent(), []
+
+    def work(seed):
+        try:
+            for i in range(2000):
+                key = (i * 7 + seed) % 200
+                assert recent.make(key, lambda key=key: str(key)) == str(key)
+        except Exception as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+    assert len(recent) <= plans._MAX_RECENT

@@ -33,7 +33,8 @@ class _Layout(NamedTuple):
 @lru_cache(maxsize=4096)
 def _layout(u: tuple[int, ...], gain: tuple[int, ...], units: tuple[int, ...]) -> _Layout:
     lead = len(u)
-    while lead and units[lead - 1] == 1 and gain[lead - 1] == u[lead - 1]:
+    # Long rows, even where a gain is then written out along them.
+    while lead and units[lead - 1] == 1:
         lead -= 1
     rows, n = math.prod(u[:lead]), math.prod(u[lead:])
     first = _shared_dims(u[:lead], units[:lead])
