@@ -131,5 +131,5 @@ def defaults(method: str, task: str) -> MethodDefaults:
         init_lr = {"meta-curvature": 2e-2, "meta-sgd": 3e-3}.get(method, 1e-2)
         map_lr = {"meta-curvature": 3e-2}.get(method, 1e-2)
         return MethodDefaults(0.01, init_lr, map_lr)
-    map_lr = {"mirror": 3e-3}.get(method, 1e-2)
+    map_lr = {"mirror": 3e-3, "meta-sgd": 3e-2}.get(method, 1e-2)
     return MethodDefaults(0.1, 3e-3, map_lr)
