@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -160,7 +160,7 @@ class MirrorDescent(Optimizer):
             "nonfinite": nonfinite,
         }
         check_options(defaults)
-        self._written: dict[int, tuple[list, MirrorMap]] = {}  # of groups, by their id
+        self._written: dict[int, _Written] = {}  # of groups, by their id
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -225,7 +225,7 @@ class MirrorDescent(Optimizer):
             del self._states
         for lists in taken or []:
             if lists.duals:
-                self._written[id(lists.group)] = (self._counts(lists), lists.group["mirror_map"])
+                self._written[id(lists.group)] = self._left_by(lists)
 
     def _take_step(self) -> list[Lists] | None:
         """Takes a step; what it read, or None where nothing but new state has changed."""
@@ -349,26 +349,25 @@ class MirrorDescent(Optimizer):
 
     def _changed(self, group: Group) -> Collection[Tensor]:
         """Parameters beside a dual state that do not hold what it has written there."""
-        if id(group) not in self._written or not keeps_dual(group):
+        seen = self._written.get(id(group))
+        if seen is None or not keeps_dual(group):
             return ()
-        seen, mirror_map = self._written[id(group)]
-        now = versions(group["params"])
-        if mirror_map is not group["mirror_map"]:
-            return set(group["params"])
-        if now == seen:
+        now, other_map = versions(group["params"]), seen.mirror_map is not group["mirror_map"]
+        if now == seen.counts and not other_map:
             return ()
-        return {p for p, x, y in zip(group["params"], now, seen, strict=False) if x != y}
+        each = zip(group["params"], now, seen.params, seen.counts, strict=False)
+        return {p for p, x, q, y in each if p is q and (other_map or x != y)}
 
-    def _counts(self, lists: Lists) -> list:
-        """The versions of the group's parameters as this step, and of others an earlier, left
-        them."""
-        now = versions(lists.group["params"])
-        if len(lists.slots) < len(now) and id(lists.group) in self._written:
-            stepped, (seen, _) = set(lists.slots), self._written[id(lists.group)]
-            return [
-                x if i in stepped else y for i, (x, y) in enumerate(zip(now, seen, strict=False))
-            ]
-        return now
+    def _left_by(self, lists: Lists) -> "_Written":
+        """What this step has left, and for parameters without a gradient what an earlier step."""
+        params, now = list(lists.group["params"]), versions(lists.group["params"])
+        seen = self._written.get(id(lists.group))
+        if seen is not None and len(lists.slots) < len(params):
+            stepped = set(lists.slots)
+            for i, (p, q, y) in enumerate(zip(params, seen.params, seen.counts, strict=False)):
+                if p is q and i not in stepped:
+                    now[i] = y
+        return _Written(params, now, lists.group["mirror_map"])
 
     def _plan(self, lists: Lists, grad_scale: Tensor | None) -> Plan:
         """A group's step before it is taken."""
@@ -475,6 +474,14 @@ class MirrorDescent(Optimizer):
         if loading:
             adopt(self.param_groups, state["param_groups"], state["state"])
         super().__setstate__(state)
+
+
+class _Written(NamedTuple):
+    """What a step has left of a group that keeps its dual state: see ``sharded.versions``."""
+
+    params: list[Tensor]
+    counts: list
+    mirror_map: MirrorMap
 
 
 def _drop_repeated(group: Group) -> None:
