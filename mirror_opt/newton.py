@@ -173,8 +173,12 @@ def _dot(x: Tensor, y: Tensor) -> float:
     return float((x.to(wide) * y.to(wide)).sum())
 
 
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
 def _norm(x: Tensor) -> float:
-    size = float(x.abs().max()) if x.numel() else 0.0
+    size = _largest(x)
     if size == 0 or not math.isfinite(size):
         return size
     scaled = x / size
@@ -188,7 +192,7 @@ def _conjugate_gradients(
 
     And whether it is, rather than as close as that many iterations came.
     """
-    size = float(b.abs().max()) if b.numel() else 0.0
+    size = _largest(b)
     if size == 0:
         return torch.zeros_like(b), True
     # On the scale of one, where squares stay in range and subnormal numbers have all their digits.
@@ -212,10 +216,7 @@ def _conjugate_gradients(
 @torch.no_grad()
 def _solve_linear(product: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
     """The x with product(x) = b; NaN where b is not finite, as a gradient that diverged may be."""
-    size = float(b.abs().max()) if b.numel() else 0.0
-    if size == 0:
-        return torch.zeros_like(b)
-    if not math.isfinite(size):
+    if not bool(torch.isfinite(b).all()):
         return torch.full_like(b, math.nan)
     x, converged = _conjugate_gradients(product, b, 8 * _default_tolerance(b.dtype))
     if not converged:
@@ -300,8 +301,9 @@ def solve_convex(
         y, residual, size = candidate, new_residual, new_size
         if polished:
             break
-    status = Status.CONVERGED if size <= tolerance * whole() else Status.MAX_ITERATIONS
-    return Solution(y, status, iterations, size / whole())
+    relative = size / whole()
+    status = Status.CONVERGED if relative <= tolerance else Status.MAX_ITERATIONS
+    return Solution(y, status, iterations, relative)
 
 
 class _Root(torch.autograd.Function):

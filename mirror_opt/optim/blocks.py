@@ -23,17 +23,9 @@ def _size() -> int:
     return _GRAIN * max(4, torch.get_num_threads())
 
 
-def step(
-    params: Tensors,
-    grads: Tensors,
-    buffers: Tensors,
-    anchors: Tensors,
-    dual_inits: Tensors,
-    duals: Tensors,
-    **options: Any,
-) -> Update:
-    """As ``mirror_descent``; block by block where that is the same and pays."""
-    lists = (params, grads, buffers, anchors, dual_inits, duals)
+def step(*lists: Tensors, **options: Any) -> Update:
+    """As ``mirror_descent``, which says what they are; block by block where that pays."""
+    params, _, buffers, _, _, duals = lists
     if not _pays(params, **options):
         return mirror_descent(*lists, **options)
     new = Update(*([x.new_empty(x.shape) for x in old] for old in (params, buffers, duals)))

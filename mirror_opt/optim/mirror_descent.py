@@ -207,8 +207,10 @@ class MirrorDescent(Optimizer):
     def _step(self) -> None:
         if torch.compiler.is_compiling():
             # Traced, the shards do not end where they do eagerly.
-            sharded = any(is_sharded(p) for group in self.param_groups for p in group["params"])
-            self._step_outside_graphs() if sharded else self._take_step()
+            if any(is_sharded(p) for group in self.param_groups for p in group["params"]):
+                self._step_outside_graphs()
+            else:
+                self._take_step()
             return
         self._states = States(self.state)
         taken = None
