@@ -88,6 +88,11 @@ STUDIES = {
         init_lrs=(3e-3, 1e-2, 2e-2),
         map_lrs=(3e-3, 1e-2, 3e-2, 1e-1),
     ),
+    "sinusoid-rates": Study(
+        {**_SINUSOID, "iterations": 3000, "learn_lr": True},
+        init_lrs=(3e-3, 1e-2, 2e-2),
+        map_lrs=(3e-3, 1e-2, 3e-2, 1e-1),
+    ),
     "omniglot-1": Study(
         {**_OMNIGLOT, "iterations": 250, "train_steps": 1},
         init_lrs=(1e-3, 3e-3, 1e-2),
