@@ -65,3 +65,24 @@ def omniglot_folder(tmp_path_factory) -> Path:
                 for drawing in (1, 2):
                     archive.writestr(f"{folder}/{c:04}_{drawing:02}.png", noise(rng, 8, 8))
     return root
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A small run on glyphs, to be copied before it is changed."""
+    from cli_cases import IMAGES, run
+
+    out = tmp_path_factory.mktemp("glyphs") / "run"
+    assert run("train", "--task", "glyphs", "--method", "mirror", *IMAGES, "--out", out) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def compared(tmp_path_factory) -> Path:
+    """A small comparison on the sinusoid, to be copied before it is changed."""
+    from cli_cases import SMALL, run
+
+    out = tmp_path_factory.mktemp("sinusoid") / "run"
+    command = ["compare", "--task", "sinusoid", "--methods", "maml,anil", *SMALL]
+    assert run(*command, "--out", out) == 0
+    return out

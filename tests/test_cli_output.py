@@ -1,0 +1,115 @@
+"""What the command line prints, and where there is no room for it."""
+
+import errno
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from cli_cases import IMAGES, fails, run
+
+from mirror_opt import cli, fewshot, maps
+
+
+def test_no_room_in_a_directory(trained, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    new, old = tmp_path / "new", shutil.copytree(trained, tmp_path / "old")
+    monkeypatch.setattr(os, "fsync", full)
+    line = fails(capsys, "train", "--task", "glyphs", *IMAGES, "--out", new)
+    assert f"{new / 'config.json'}: No space left" in line
+    assert line.endswith("; pass an --out with room to write")
+    assert run("evaluate", "--out", old) == 2
+    line = capsys.readouterr().err
+    assert f"{old / 'results.json'}: No space left on device; it needs room to write" in line
+
+
+@pytest.mark.parametrize("name", ["/elsewhere/file", None])
+def test_other_failures_give_no_advice_on_room(tmp_path, capsys, monkeypatch, name):
+    def refuse(*_):
+        raise OSError(errno.EACCES, "Permission denied", *([] if name is None else [name]))
+
+    monkeypatch.setattr(cli, "evaluate_run", refuse)
+    monkeypatch.setattr(cli, "_maps", refuse)
+    for command in (("evaluate", "--out", tmp_path), ("maps",)):
+        assert fails(capsys, *command).endswith(
+            "error: Permission denied" if name is None else f"error: {name}: Permission denied"
+        )
+
+
+def with_output_to(file, *arguments):
+    command = [sys.executable, "-m", "mirror_opt.cli", *arguments]
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    return subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, env=buffered)
+
+
+@pytest.mark.parametrize("command", ["maps", "--help"])
+def test_output_that_nobody_reads(command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        ended = with_output_to(writer, command)
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_output_that_has_no_room():
+    with open("/dev/full", "w") as full:
+        ended = with_output_to(full, "maps")
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        "mirror-opt: error: standard output: No space left on device; "
+        "send it where there is room to write\n"
+    )
+
+
+def test_maps(capsys):
+    assert run("maps") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:6] == ["name", "mu", "ell", "grad", "h", "inverse"]
+    assert [line.split()[0] for line in lines[1:]] == list(maps.REGISTRY)
+    shown = {line.split()[0]: line.split()[1:] for line in lines}
+    assert shown["euclidean"][:4] == ["yes", "yes", "closed", "closed"]
+    assert shown["kronecker"][:4] == ["yes", "yes", "Newton", "closed"]
+    assert shown["hypentropy"][:2] == ["none", "yes"]
+    assert "not a DGF" in " ".join(shown["meta-curvature"])
+
+
+def test_info(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("MIRROR_OPT_DATA", str(tmp_path / "gone"))
+    assert run("info") == 0
+    out = capsys.readouterr().out
+    for word in (
+        "mirror_opt",
+        "torch",
+        "python",
+        "threads",
+        "cache",
+        "gone (absent)",
+        ", ".join(fewshot.TASKS),
+    ):
+        assert word in out
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--help"], ["--version"], ["compare", "--help"]):
+        assert run(*arguments) == 0
+    out = capsys.readouterr().out
+    for option in ("--methods", "--ways", "--train-steps", "--adapt-steps", "--resume"):
+        assert option in out
+
+
+def test_help_of_evaluate_states_no_default_of_training(capsys):
+    assert run("train", "--help") == 0
+    assert "classes per task (default: 5)" in " ".join(capsys.readouterr().out.split())
+    assert run("evaluate", "--help") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for option in ("--ways WAYS classes per task", "--test-tasks TEST_TASKS new tasks to evaluate"):
+        assert option in out
+    assert "classes per task (default: the run's)" in out
+    assert set(re.findall(r"\(default: (.*?)\)", out)) == {"the run's", "auto"}
