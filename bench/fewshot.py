@@ -35,11 +35,13 @@ FINALISTS = 3  # pairs of rates that see the others
 class Study:
     """One table: the setting, and the grid on which every variant's rates are searched."""
 
+    title: str
     setting: dict[str, Any]
     init_lrs: tuple[float, ...]
     map_lrs: tuple[float, ...]
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     search: dict[str, Any] = field(default_factory=dict)  # what differs while searching
+    beside: str | None = None  # a study of the same tasks that this one's results are held against
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -79,39 +81,47 @@ _SINUSOID = {
 }
 STUDIES = {
     "sinusoid": Study(
+        "Sinusoid",
         {**_SINUSOID, "iterations": 3000},
         init_lrs=(3e-3, 1e-2, 2e-2),
         map_lrs=(3e-3, 1e-2, 3e-2, 1e-1),
     ),
     "sinusoid-1000": Study(
+        "Sinusoid",
         {**_SINUSOID, "iterations": 1000},
         init_lrs=(3e-3, 1e-2, 2e-2),
         map_lrs=(3e-3, 1e-2, 3e-2, 1e-1),
     ),
     "sinusoid-rates": Study(
+        "Sinusoid",
         {**_SINUSOID, "iterations": 3000, "learn_lr": True},
         init_lrs=(3e-3, 1e-2, 2e-2),
         map_lrs=(3e-3, 1e-2, 3e-2, 1e-1),
+        beside="sinusoid",
     ),
     "omniglot-1": Study(
+        "Omniglot",
         {**_OMNIGLOT, "iterations": 250, "train_steps": 1},
         init_lrs=(1e-3, 3e-3, 1e-2),
         map_lrs=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
         search=_VALIDATION,
     ),
     "omniglot-5": Study(
+        "Omniglot",
         {**_OMNIGLOT, "iterations": 300, "train_steps": 5},
         init_lrs=(3e-3,),
         map_lrs=(1e-3, 3e-3, 1e-2, 3e-2),
         search=_VALIDATION,
     ),
     "glyphs-1": Study(
+        "Glyphs",
         {**_OMNIGLOT, "task": "glyphs", "iterations": 250, "train_steps": 1},
         init_lrs=(3e-3,),
         map_lrs=(3e-3, 1e-2, 3e-2),
         search={"test_tasks": 200, "adapt_steps": (1, 5)},
     ),
     "cifar-fs-1": Study(
+        "CIFAR-FS",
         {**_OMNIGLOT, "task": "folder", "iterations": 600, "train_steps": 1},
         init_lrs=(1e-3, 3e-3),
         map_lrs=(3e-3, 1e-2, 3e-2),

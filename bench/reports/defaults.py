@@ -15,9 +15,10 @@ from reports.frame import PENDING, part, table
 Rates = tuple[float, float]  # of the init and of the map
 
 METHODS = ("maml", "meta-sgd", "meta-curvature", "mirror")
+COUNTED = [name for name, study in STUDIES.items() if study.beside is None]
 KINDS = {  # a task of the kind, as ``meta.defaults`` takes it, and the studies of it
-    "sinusoid": [name for name in STUDIES if name.startswith("sinusoid")],
-    "omniglot": [name for name in STUDIES if not name.startswith("sinusoid")],
+    "sinusoid": [name for name in COUNTED if name.startswith("sinusoid")],
+    "omniglot": [name for name in COUNTED if not name.startswith("sinusoid")],
 }
 
 

@@ -2,20 +2,12 @@
 
 import math
 import statistics
+from collections.abc import Iterator
 
 from fewshot import SEARCH_SEEDS, STUDIES, VARIANTS, best_rates, searched
 from results import read_rows
 
 from reports.frame import COLOURS, PENDING, canvas, circumstances, part, picture, save, table
-
-TITLES = {
-    "sinusoid": "Sinusoid",
-    "sinusoid-1000": "Sinusoid",
-    "omniglot-1": "Omniglot",
-    "omniglot-5": "Omniglot",
-    "glyphs-1": "Glyphs",
-    "cifar-fs-1": "CIFAR-FS",
-}
 
 
 def finals(study: str) -> list[dict]:
@@ -61,44 +53,56 @@ def study_table(study: str) -> str:
     first = rows[0]
     what = "Query accuracy in %" if percent else "Query MSE"
     ways = f"{first['ways']}-way " if first["ways"] else ""
+    learned = ", the rate of each inner step learned" if first.get("learn_lr") else ""
     title = (
-        f"{TITLES[study]}, {ways}{first['shots']}-shot, inner steps in training: "
-        f"{first['train_steps']}, meta-iterations: {first['iterations']}. {what} on "
+        f"{STUDIES[study].title}, {ways}{first['shots']}-shot, inner steps in training: "
+        f"{first['train_steps']}, meta-iterations: {first['iterations']}{learned}. {what} on "
         f"{first['test_tasks']} new tasks after each number of adaptation steps, mean ± standard "
         "deviation over seeds. Past the trained steps the guard is on."
     )
     head = ["method", "rates (init, map)", *[str(s) for s in steps], "seeds"]
-    parts = [title, table(head, body), paired(rows), circumstances(rows)]
+    parts = [title, table(head, body), paired(study, rows), circumstances(rows)]
     return "\n\n".join(part for part in parts if part)
 
 
-def paired(rows: list[dict]) -> str:
+def paired(study: str, rows: list[dict]) -> str:
     """mirror against its rivals at the trained step, seed by seed: all see the same tasks."""
-    at = [r for r in rows if r["adapt_steps"] == r["train_steps"]]
-    metrics = {(r["variant"], r["seed"]): r["mean"] for r in at}
     percent = rows[0]["metric"] == "accuracy"
-    found = []
-    for rival in ("meta-curvature", "mirror, psi linear"):
-        pairs = [
-            (mean, metrics[rival, seed])
-            for (variant, seed), mean in metrics.items()
-            if variant == "mirror" and metrics.get((rival, seed)) and mean is not None
-        ]
+    mine, found = trained(rows, "mirror"), []
+    for rival, beside, name in rivals(study):
+        theirs = trained(beside or rows, rival)
+        pairs = [(mean, theirs[seed]) for seed, mean in mine.items() if seed in theirs]
         if len(pairs) < 2:
             continue
         values = [100 * (a - b) if percent else math.log(a / b) for a, b in pairs]
         mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
         if percent:
-            found.append(f"{mean:+.2f} ± {error:.2f} points against {rival}")
+            found.append(f"{mean:+.2f} ± {error:.2f} points against {name}")
         else:
             low, high = math.exp(mean - error), math.exp(mean + error)
-            found.append(f"{math.exp(mean):.2f} ({low:.2f} to {high:.2f}) times that of {rival}")
+            found.append(f"{math.exp(mean):.2f} ({low:.2f} to {high:.2f}) times that of {name}")
     if not found:
         return ""
     what = "mean ± standard error" if percent else "geometric mean, and one standard error"
     return (
         f"`mirror` at the trained number of steps, paired over seeds ({what}): {'; '.join(found)}."
     )
+
+
+def rivals(study: str) -> Iterator[tuple[str, list[dict], str]]:
+    """What mirror is held against: the variant, its rows where they are another study's, a name."""
+    for variant in ("meta-curvature", "mirror, psi linear"):
+        yield variant, [], variant
+    beside = STUDIES[study].beside
+    if beside is not None:
+        for variant in ("meta-curvature", "mirror"):
+            yield variant, finals(beside), f"{variant} in the table of `{beside}`"
+
+
+def trained(rows: list[dict], variant: str) -> dict[int, float]:
+    """The metric at the trained number of steps, by seed, where it is finite."""
+    at = [r for r in rows if r["variant"] == variant and r["adapt_steps"] == r["train_steps"]]
+    return {r["seed"]: r["mean"] for r in at if r["mean"] is not None}
 
 
 def search_table(study: str) -> str:
@@ -207,8 +211,8 @@ def draw_study(study: str) -> None:
     axes.set_ylabel("query accuracy in %" if percent else "query MSE")
     if not percent:
         axes.set_yscale("log")
-    trained = rows[0]["train_steps"]
-    axes.set_title(f"{TITLES[study]}, trained at {trained} step{'s' * (trained != 1)}")
+    steps = rows[0]["train_steps"]
+    axes.set_title(f"{STUDIES[study].title}, trained at {steps} step{'s' * (steps != 1)}")
     figure.legend(frameon=False, loc="outside right upper")
     save(figure, study)
 
