@@ -43,6 +43,11 @@ class Study:
     search: dict[str, Any] = field(default_factory=dict)  # what differs while searching
     beside: str | None = None  # a study of the same tasks that this one's results are held against
 
+    @property
+    def steps(self) -> int:
+        """After how many adaptation steps methods are compared: the most that they trained for."""
+        return int(str(self.setting["train_steps"]).rpartition("-")[2])
+
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "maml": {"method": "maml"},
@@ -113,6 +118,14 @@ STUDIES = {
         map_lrs=(1e-3, 3e-3, 1e-2, 3e-2),
         search=_VALIDATION,
     ),
+    "omniglot-1to5": Study(
+        "Omniglot",
+        {**_OMNIGLOT, "iterations": 300, "train_steps": "1-5"},
+        init_lrs=(3e-3,),
+        map_lrs=(1e-3, 3e-3, 1e-2, 3e-2),
+        search=_VALIDATION,
+        beside="omniglot-5",
+    ),
     "glyphs-1": Study(
         "Glyphs",
         {**_OMNIGLOT, "task": "glyphs", "iterations": 250, "train_steps": 1},
@@ -171,7 +184,7 @@ def searched(name: str, variant: str) -> dict[Rates, dict[int, float]]:
     The validation metric after the trained number of steps, accuracy with its sign changed, and
     infinite where it diverged.
     """
-    steps = STUDIES[name].setting["train_steps"]
+    steps = STUDIES[name].steps
     found: dict[Rates, dict[int, float]] = {}
     for row in read_rows(f"fewshot-{name}"):
         if row["stage"] == "final" or (row["variant"], row["adapt_steps"]) != (variant, steps):

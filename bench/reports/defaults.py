@@ -26,7 +26,7 @@ def behind(study: str, method: str) -> dict[Rates, float]:
     """How far each pair of rates is behind the best: in points, or as the log of a factor."""
     found: dict[Rates, float] = {}
     for row in read_rows(f"fewshot-{study}"):
-        trained = row["stage"] == "search" and row["adapt_steps"] == row["train_steps"]
+        trained = row["stage"] == "search" and row["adapt_steps"] == STUDIES[study].steps
         if not trained or row["variant"] != method:
             continue
         mean = math.nan if row["mean"] is None else row["mean"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from fewshot import SEARCH_SEEDS, STUDIES, VARIANTS, best_rates, searched
 from results import read_rows
 
+from mirror_opt.runs.options import counted
 from reports.frame import COLOURS, PENDING, canvas, circumstances, part, picture, save, table
 
 
@@ -68,9 +69,10 @@ def study_table(study: str) -> str:
 def paired(study: str, rows: list[dict]) -> str:
     """mirror against its rivals at the trained step, seed by seed: all see the same tasks."""
     percent = rows[0]["metric"] == "accuracy"
-    mine, found = trained(rows, "mirror"), []
+    steps = STUDIES[study].steps
+    mine, found = after(rows, "mirror", steps), []
     for rival, beside, name in rivals(study):
-        theirs = trained(beside or rows, rival)
+        theirs = after(beside or rows, rival, steps)
         pairs = [(mean, theirs[seed]) for seed, mean in mine.items() if seed in theirs]
         if len(pairs) < 2:
             continue
@@ -99,18 +101,19 @@ def rivals(study: str) -> Iterator[tuple[str, list[dict], str]]:
             yield variant, finals(beside), f"{variant} in the table of `{beside}`"
 
 
-def trained(rows: list[dict], variant: str) -> dict[int, float]:
-    """The metric at the trained number of steps, by seed, where it is finite."""
-    at = [r for r in rows if r["variant"] == variant and r["adapt_steps"] == r["train_steps"]]
+def after(rows: list[dict], variant: str, steps: int) -> dict[int, float]:
+    """The metric of a variant after so many steps, by seed, where it is finite."""
+    at = [r for r in rows if (r["variant"], r["adapt_steps"]) == (variant, steps)]
     return {r["seed"]: r["mean"] for r in at if r["mean"] is not None}
 
 
 def search_table(study: str) -> str:
     """The validation metric after the trained steps at every point of the grid that was run."""
+    steps = STUDIES[study].steps
     rows = [
         r
         for r in read_rows(f"fewshot-{study}")
-        if r["stage"] == "search" and r["adapt_steps"] == r["train_steps"]
+        if r["stage"] == "search" and r["adapt_steps"] == steps
     ]
     if not rows:
         return PENDING
@@ -128,8 +131,8 @@ def search_table(study: str) -> str:
     first = rows[0]
     what = "Query accuracy in %" if percent else "Query MSE"
     title = (
-        f"{what} on {first['test_tasks']} validation tasks after {first['train_steps']} adaptation "
-        f"step{'s' * (first['train_steps'] != 1)}, seed {first['seed']}; columns: rates of the "
+        f"{what} on {first['test_tasks']} validation tasks after "
+        f"{counted(steps, 'adaptation step')}, seed {first['seed']}; columns: rates of the "
         f"init / of the map (the init's alone for MAML); {first['iterations']} meta-iterations."
     )
     head = ["method", *[f"{i:g} / {m:g}" for i, m in columns]]
@@ -211,8 +214,8 @@ def draw_study(study: str) -> None:
     axes.set_ylabel("query accuracy in %" if percent else "query MSE")
     if not percent:
         axes.set_yscale("log")
-    steps = rows[0]["train_steps"]
-    axes.set_title(f"{STUDIES[study].title}, trained at {steps} step{'s' * (steps != 1)}")
+    trained = counted(rows[0]["train_steps"], "step")
+    axes.set_title(f"{STUDIES[study].title}, trained at {trained}")
     figure.legend(frameon=False, loc="outside right upper")
     save(figure, study)
 
