@@ -101,21 +101,30 @@ def _rotated(n: int, left: bool, channel: tl.constexpr, terms: int = 1) -> Varia
     return Variant(kronecker._rotated_kernel, types, constants, warps, None, aligned, registers)
 
 
+def _ones(variant: Variant) -> Variant:
+    """As it is compiled where every integer is 1, which the launcher takes as a constant."""
+    integers = [name for name, kind in variant.types.items() if kind == "i32"]
+    types = {name: kind for name, kind in variant.types.items() if name not in integers}
+    constants = variant.constants | dict.fromkeys(integers, 1)
+    return variant._replace(types=types, constants=constants, aligned=())
+
+
 _HALF = {"PARAM": tl.bfloat16, "GRAD": tl.bfloat16}
 _GAIN = {"GAIN": plans.ELEMENT}
+_COLLECT = Variant(
+    separable._collect_kernel,
+    _pointers("partial_ptr w_ptr s_ptr c_ptr grad_w_ptr grad_s_ptr grad_c_ptr")
+    | {"length": "i32", "columns": "i32"},
+    {"K": 4, "JB": 32, "CB": 32},
+    warps=4,
+)
 VARIANTS = {
     "forward": _map(separable._FORWARD),
     "inverse": _map(separable._INVERSE),
     "step": _map(separable._STEP),
     "backward": _backward(False),
     "backward, inverted, rows of 4": _backward(True, CB=8, NB=4),
-    "collect": Variant(
-        separable._collect_kernel,
-        _pointers("partial_ptr w_ptr s_ptr c_ptr grad_w_ptr grad_s_ptr grad_c_ptr")
-        | {"length": "i32", "columns": "i32"},
-        {"K": 4, "JB": 32, "CB": 32},
-        warps=4,
-    ),
+    "collect": _COLLECT,
     "step_, K=8": _step(8),
     "step_, K=16": _step(16),
     "step_, K=4, bfloat16": _step(4, **_HALF),
@@ -128,6 +137,11 @@ VARIANTS = {
     "rotated, last mode of 64": _rotated(64, False, kronecker._COLUMN),
     "rotated, first mode of 64": _rotated(64, True, kronecker._LINE),
     "rotated, first mode of 128, 3 terms": _rotated(128, True, kronecker._LINE, 3),
+    "step, integers of 1": _ones(_map(separable._STEP)),
+    "backward, integers of 1": _ones(_backward(False)),
+    "collect, integers of 1": _ones(_COLLECT),
+    "rotated, first mode, integers of 1": _ones(_rotated(1, True, kronecker._LINE)),
+    "rotated, last mode, integers of 1": _ones(_rotated(1, False, kronecker._ONE)),
 }
 
 

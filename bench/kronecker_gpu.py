@@ -6,25 +6,20 @@
 The closed direction of the map over the parameter lists of networks, coefficients at hand, with the
 fused operator and with the mode products and the elementwise operator for themselves, side by side
 in one process: without gradients, as in a step of an optimizer, and with them, as in meta-learning;
-each launched from Python, and without gradients as a CUDA graph too. Both run on the same backend
-and are held against each other before they are timed.
+each launched from Python, by the clock of the host, and without gradients as a CUDA graph too, by
+events on the device. Both run on the same backend and are held against each other before they are
+timed.
 Rows in $OUT/kronecker_gpu.json, or bench/results/kronecker_gpu.json.
 """
 
 import argparse
-import os
-import statistics
-import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 
-# Before anything imports Triton.
-if "--dry-run" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"
+from on_gpu import Attempts, Timer, parsed, provenance
 
+# isort: split
 import torch
 from results import add_rows
-from step_gpu import Timer, parsed, provenance
 from steps import MODELS
 from torch import Tensor
 
@@ -105,6 +100,7 @@ def main() -> None:
     use_backend("triton")
     timer = Timer(device, options.repeats)
     about = {} if options.dry_run else provenance(device)
+    attempt = Attempts()
     for case in options.models:
         shapes = MODELS[case]()
         if options.dry_run:  # the kinds of shapes of a network, not their sizes
@@ -112,38 +108,38 @@ def main() -> None:
         for terms in options.terms:
             kronecker_map = learned(shapes, terms, device)
             zs = [torch.randn(shape, device=device) for shape in shapes]
-            rows = []
             for name, *both in contenders(kronecker_map, zs):
-                difference = check(case, *both)
-                for contender, run in zip(("fused", "separate"), both, strict=True):
-                    ways = {"eager": run}
-                    if timer.cuda and name == "map":
-                        ways["graph"] = timer.graph(run)
-                    for way, call in ways.items():
-                        seconds = timer(call, partial(int))
-                        cuts = statistics.quantiles(seconds, n=5)
+                with attempt(f"{case} R={terms} {name}"):
+                    difference = check(case, *both)
+                    for row in timed(name, both, timer):
                         row = {
                             "case": case,
                             "elements": sum(z.numel() for z in zs),
                             "tensors": len(zs),
                             "terms": terms,
                             "what": name,
-                            "contender": contender,
-                            "way": way,
-                            "seconds": statistics.median(seconds),
-                            "p20": cuts[0],
-                            "p80": cuts[3],
-                            "repeats": len(seconds),
+                            **row,
                             "difference": difference,
                         }
-                        rows.append(row | about)
-                        line = f"{case:>9} R={terms} {name:17} {contender:8} {way:5}"
-                        line += f" difference {difference:.0e}"
-                        # The time of an interpreter says nothing.
-                        took = "ran" if options.dry_run else f"{row['seconds'] * 1e6:12.1f} us"
-                        print(line, took, flush=True)
-            if not options.dry_run:
-                add_rows(NAME, rows)
+                        print(described(row), flush=True)
+                        if not options.dry_run:
+                            add_rows(NAME, [row | about])
+    attempt.end()
+
+
+def timed(name: str, both: list[Callable], timer: Timer) -> Iterator[dict]:
+    """Who ran, in which way, and how long it took."""
+    for contender, run in zip(("fused", "separate"), both, strict=True):
+        yield {"contender": contender, "way": "eager", **timer.host(run, lambda: None)}
+        if timer.cuda and name == "map":
+            replay = timer.graph(run)
+            yield {"contender": contender, "way": "graph", **timer.device(replay, lambda: None)}
+
+
+def described(row: dict) -> str:
+    line = f"{row['case']:>9} R={row['terms']} {row['what']:17} {row['contender']:8} {row['way']:5}"
+    line += f" difference {row['difference']:.0e}"
+    return line + (f" {row['seconds'] * 1e6:12.1f} us" if "seconds" in row else " ran")
 
 
 if __name__ == "__main__":

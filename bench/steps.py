@@ -156,6 +156,7 @@ def compiled(problem: Problem) -> Callable[[], None]:
     if len(problem.params) <= COMPILED_TENSORS:
         return partial(torch.compile(formula, dynamic=False), *lists)
     torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than measure eager steps
     run = torch.compile(formula, dynamic=False)
     single = [([p], [g], [u]) for p, g, u in zip(*lists, strict=True)]
 

@@ -5,17 +5,15 @@
 
 Forward, backward and step of a perceptron of three layers: torch's SGD and AdamW, fused, and
 MirrorDescent over several maps, side by side in one process. The learning rate is a tensor on the
-device and changes before every step. Before the ways of an optimizer are timed, their parameters
-after a few steps are held against those of the eager one.
+device. Before a way is timed, its parameters after a few steps with changing rates are held against
+those of the eager one. Times are shares of a loop of steps, by the clock of the host.
 Rows in $OUT/train_step_gpu.json, or bench/results/train_step_gpu.json.
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
-from functools import partial
 
-from step_gpu import Timer, parsed, provenance  # first: it tells Triton where to run
+from on_gpu import Attempts, Timer, parsed, provenance
 
 # isort: split
 import torch
@@ -58,10 +56,12 @@ class Contender:
             self.train = torch.compile(self._train, backend="inductor" if timer.cuda else "eager")
         done = 0
         if way == "graph":
-            self._train()  # which creates the state
+            self._train()  # creates the state
             self.train = timer.graph(self._train)  # after a step of its own
             done = 2
-        for _ in range(STEPS - done):
+        for k in range(done, STEPS):
+            if k >= 2:  # when there is a graph, to see that it follows
+                self.lr.mul_(0.9)
             self.train()
 
     def _train(self) -> None:
@@ -78,39 +78,37 @@ class Contender:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    every = ("eager", "graph", "compiled")
+    parser.add_argument("--ways", type=lambda text: text.split(","), default=every)
     options = parsed(parser)
     device = "cpu" if options.dry_run else "cuda:0"
     timer = Timer(device, options.repeats)
     about = {} if options.dry_run else provenance(device)
-    ways = ("eager", "compiled", "graph") if timer.cuda else ("eager", "compiled")
+    if unknown := set(options.ways) - set(every):
+        parser.error(f"unknown ways {', '.join(unknown)}: pass some of {', '.join(every)}")
+    ways = [way for way in options.ways if timer.cuda or way != "graph"]
+    width = 8 if options.dry_run else WIDTH
+    attempt = Attempts()
     for name, make in OPTIMIZERS.items():
-        rows, eager = [], None
+        eager = Contender(make, "eager", timer, width, device)
         for way in ways:
-            contender = Contender(make, way, timer, 8 if options.dry_run else WIDTH, device)
-            eager = eager or contender
-            difference = contender.difference(eager)
-            if not difference <= TOLERANCE:
-                raise RuntimeError(f"{name}, {way}: the difference is {difference:.1e}")
-            line = f"{name:31} {way:8} difference {difference:.0e}"
-            if options.dry_run:  # the time of a tiny model says nothing
-                print(line, "ran", flush=True)
-                continue
-            seconds = timer(contender.train, partial(contender.lr.mul_, 0.999))
-            cuts = statistics.quantiles(seconds, n=5)
-            row = {
-                "name": name,
-                "way": way,
-                "seconds": statistics.median(seconds),
-                "p20": cuts[0],
-                "p80": cuts[3],
-                "parameters": sum(p.numel() for p in contender.model.parameters()),
-                "difference": difference,
-                "repeats": len(seconds),
-            }
-            rows.append(row | about)
-            print(line, f"{1e6 * row['seconds']:10.1f} us", flush=True)
-        if not options.dry_run:
-            add_rows(NAME, rows)
+            with attempt(f"{name}, {way}"):
+                contender = Contender(make, way, timer, width, device)
+                difference = contender.difference(eager)
+                if not difference <= TOLERANCE:
+                    raise RuntimeError(f"{name}, {way}: the difference is {difference:.1e}")
+                row = {
+                    "name": name,
+                    "way": way,
+                    **timer.host(contender.train, lambda: None),
+                    "parameters": sum(p.numel() for p in contender.model.parameters()),
+                    "difference": difference,
+                }
+                took = f"{1e6 * row['seconds']:10.1f} us" if "seconds" in row else "ran"
+                print(f"{name:31} {way:8} difference {difference:.0e} {took}", flush=True)
+                if not options.dry_run:
+                    add_rows(NAME, [row | about])
+    attempt.end()
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def _rotated_kernel(
     exists = column < end
     along = columns if LEFT else 1
     across = column if LEFT else column * n
-    size = n.to(tl.int64) * columns
+    size = tl.cast(n, tl.int64) * columns  # a constant where it is 1
     u_ptr += member * size
     out_ptr += member * size
 

@@ -334,11 +334,11 @@ def step_(
         return torch.zeros(1, dtype=torch.int32) if status is None else status
     device = params[0].device
     lists = (params, grads, gains, buffers, anchors, duals, dual_inits, ws, ss, cs)
-    launches, copies = plans.plan(lists, device)
     if status is None:
         status = torch.zeros(1, dtype=torch.int32, device=device)
     on_device = isinstance(lr, Tensor) and lr.device == device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        launches, copies = plans.plan(lists, device)
         for tensors, programs, compiled_for in launches:
             programs = programs.use()
             _step_kernel[len(programs),](

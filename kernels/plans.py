@@ -67,12 +67,49 @@ def _is_wide(row: tuple[int, ...]) -> bool:
     return row[-1] >= _SHORT and not any(address % 16 for address in row[:7])
 
 
+class _Pinned:
+    """Page-locked copies of rows on the host, which copies to a device may read when they like.
+
+    While a graph is captured no such memory can be had: the allocator asks the device for blocks
+    that are free again, which a capture forbids. So a slab is kept ready for rows of then. They
+    are never given back, since a graph may be replayed whenever.
+    """
+
+    def __init__(self, allocate: Callable[[int], Tensor]):
+        self.allocate = allocate
+        self.slab = torch.empty(0, dtype=torch.int64, device="cpu")
+
+    def copy(self, rows: Tensor, capturing: bool) -> Tensor:
+        """The int64 ``rows``, page-locked."""
+        with _lock:
+            if not capturing:
+                if self.slab.numel() < _SLAB // 2:
+                    self.slab = self.allocate(_SLAB)
+                taken = self.allocate(rows.numel())
+            elif self.slab.numel() >= rows.numel():
+                taken, self.slab = self.slab[: rows.numel()], self.slab[rows.numel() :]
+            else:  # the allocator may have a block at hand
+                taken = self.allocate(rows.numel())
+        return taken.view(rows.shape).copy_(rows)
+
+
+def _allocate_pinned(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True)
+
+
+_SLAB = 2**18  # rows of graphs of some hundred networks: 2 MiB
+_lock = threading.Lock()
+_pinned = _Pinned(_allocate_pinned)
+
+
 class _Table:
     """Rows in device memory, copied there without synchronising."""
 
     def __init__(self, rows: Tensor, device: torch.device):
         self.cuda = device.type == "cuda"
-        self.host = rows.pin_memory() if self.cuda else rows
+        if self.cuda:
+            rows = _pinned.copy(rows, torch.cuda.is_current_stream_capturing())
+        self.host = rows
         self.rows = self.host.to(device, non_blocking=True)
         if self.cuda:
             self.stream = torch.cuda.current_stream()
@@ -122,7 +159,6 @@ class _Recent(OrderedDict):
 
 
 _MAX_RECENT = 64
-_lock = threading.Lock()
 _recent_launches = _Recent()
 _recent_programs = _Recent()
 # A graph may be replayed whenever: its tables are kept for good.

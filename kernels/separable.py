@@ -140,7 +140,8 @@ def _backward_kernel(
     tl.store(grad_gain_ptr + at, grad_gain, mask=inside)
 
     LAST: tl.constexpr = CB > 1  # the axis of the entries
-    stretch = (rows // columns).to(tl.int64) * tiles * columns
+    # An argument of 1 is a constant, which has no .to().
+    stretch = tl.cast(rows // columns, tl.int64) * tiles * columns
     to = partial_ptr + ((row // columns).to(tl.int64) * tiles + tile) * columns + channel
     # Not unrolled: the sums of all units in flight at once would spill.
     for k in range(K):
@@ -164,7 +165,7 @@ def _store_sum(to, x, exists, LAST: tl.constexpr):
 def _sum_stretch(partial_ptr, slot, length, columns, channel, JB: tl.constexpr, CB: tl.constexpr):
     """One slot of the tiles' sums, for a block of channels: ``(CB,)``."""
     total = tl.zeros([JB, CB], tl.float32)
-    base = partial_ptr + slot * length.to(tl.int64) * columns
+    base = partial_ptr + slot * tl.cast(length, tl.int64) * columns
     for start in range(0, length, JB):
         at = start + tl.arange(0, JB)[:, None]
         inside = (at < length) & (channel[None, :] < columns)

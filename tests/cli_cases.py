@@ -2,9 +2,10 @@
 
 from mirror_opt.cli import main
 
-SMALL = (
-    "--iterations 2 --tasks-per-batch 2 --queries 2 --train-steps 1 --adapt-steps 0,1 --test-tasks 2"
-).split()
+SMALL = [
+    *("--iterations", "2", "--tasks-per-batch", "2", "--queries", "2", "--train-steps", "1"),
+    *("--adapt-steps", "0,1", "--test-tasks", "2"),
+]
 IMAGES = ["--ways", "2", "--filters", "2", *SMALL]
 
 

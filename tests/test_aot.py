@@ -32,7 +32,7 @@ def test_nothing_spills_and_aligned_accesses_take_16_bytes(measured):
         assert row["spills"] == 0, row
         # Reductions of rows of a few entries have no 16 bytes in one piece, nor have lines of 9.
         pieces = ("collect", "backward, inverted, rows of 4", "rotated, last mode of 9")
-        if not row["kernel"].startswith(pieces):
+        if not row["kernel"].startswith(pieces) and not row["kernel"].endswith("integers of 1"):
             assert row["loads_16"] > 0, row
             assert row["stores_16"] > 0, row
 
