@@ -8,6 +8,7 @@ import torch
 import torch._dynamo.testing
 from ops_cases import each_step_implementation, random_units  # noqa: F401
 from torch import Tensor
+from triton_cases import unsynchronised
 
 from mirror_opt import reference
 from mirror_opt.backends import use_backend
@@ -292,12 +293,9 @@ def test_steps_on_a_device_do_not_synchronise_and_replay_from_a_graph(
     graphed, eager, lr = Lists(momentum=0.9), Lists(momentum=0.9), torch.tensor(LR)
     graphed.step(lr)  # what is compiled on first use
     eager.step(lr)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with unsynchronised():
         graphed.step(lr)
         eager.step(lr)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         graphed.step(lr)

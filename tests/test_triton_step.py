@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from torch import Tensor
-from triton_cases import DEVICES, DTYPES, make_units, rounding
+from triton_cases import DEVICES, DTYPES, make_units, rounding, unsynchronised
 
 from mirror_opt import MirrorDescent, maps, reference, use_backend
 from mirror_opt.backends import plain
@@ -329,13 +329,10 @@ class TestOnADevice:
     def test_a_step_does_not_synchronise(self, device):
         tensors = Tensors(device)
         tensors.step(torch.tensor(0.1, device=device))  # compiles, makes the tables
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with unsynchronised():
             tensors.step(torch.tensor(0.1).to(device, non_blocking=True))
             tensors.grads = [g.clone() for g in tensors.grads]  # new addresses: a new table
             tensors.step(0.1)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     def test_a_step_allocates_nothing_of_the_size_of_the_parameters(self, device):
         tensors = Tensors(device, (((64, 4096), 64), ((1000, 100), 1000)))
@@ -442,3 +439,24 @@ def test_tables_are_remembered_by_several_threads(device):
         sys.setswitchinterval(interval)
     assert not errors
     assert len(recent) <= plans._MAX_RECENT
+
+
+def test_rows_of_a_graph_lie_in_memory_that_was_there_before(device, monkeypatch):
+    monkeypatch.setattr(plans, "_SLAB", 64)
+    allocated = []
+
+    def allocate(size):
+        allocated.append(size)
+        return torch.zeros(size, dtype=torch.int64)
+
+    pinned, rows = plans._Pinned(allocate), torch.arange(24).view(2, 12)
+    plain = pinned.copy(rows, capturing=False)
+    assert allocated == [64, 24]
+    captured = [pinned.copy(rows + i, capturing=True) for i in range(2)]
+    assert allocated == [64, 24]
+    again = pinned.copy(rows, capturing=False)  # with too little left for the next graph
+    assert allocated == [64, 24, 64, 24]
+    for copy, shift in ((plain, 0), (captured[0], 0), (captured[1], 1), (again, 0)):
+        assert torch.equal(copy, rows + shift)
+    pinned.copy(torch.zeros(9, 12), capturing=True)
+    assert allocated[4:] == [108]  # more than is left: the allocator may have it

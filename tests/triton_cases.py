@@ -1,5 +1,9 @@
 """What the tests of the Triton kernels share: devices, coefficients, closeness to float64."""
 
+import contextlib
+import warnings
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +20,18 @@ DEVICES = (
     ),
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@contextlib.contextmanager
+def unsynchronised() -> Iterator[None]:
+    """Waiting for the device is an error."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls the mode a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def make_units(count: int, columns: int, generator: torch.Generator) -> Units:
