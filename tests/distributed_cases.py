@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import copy
 import io
 import traceback
 from pathlib import Path
@@ -444,6 +445,24 @@ def a_checkpoint_of_two_processes_goes_on_in_any_number(world, folder):
         load(model, optimizer, folder / name)
         train(model, optimizer, part(world))
         close(list(model.parameters()), list(alone(name, 6)[0].parameters()))
+
+
+@check
+def a_full_state_dict_goes_out_and_comes_back(world, folder):
+    full = states.StateDictOptions(full_state_dict=True)
+    spread_out = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    for name in ("euclidean", "diagonal", "hypentropy", "separable"):
+        model, optimizer = in_fsdp(world, name)
+        train(model, optimizer, part(world))
+        saved = states.get_optimizer_state_dict(model, optimizer, options=full)
+        for options in (full, spread_out):
+            other, loaded = in_fsdp(world, name)
+            known = saved if options is full or dist.get_rank() == 0 else {}
+            states.set_optimizer_state_dict(other, loaded, copy.deepcopy(known), options=options)
+            for a, b in zip(snapshot(optimizer), snapshot(loaded), strict=True):
+                assert a.shape == b.shape
+            close([t for s in optimizer.state.values() for t in s.values()],
+                  [t for s in loaded.state.values() for t in s.values()])  # fmt: skip
 
 
 @check

@@ -241,7 +241,7 @@ def test_damage_is_named_and_changes_nothing(path, value, message):
 
 
 def test_what_is_lost_is_named():
-    optimizer = trained(lambda p: maps.Hypentropy())
+    optimizer = trained(lambda p: maps.KroneckerNeural(p, units=2))
     saved = optimizer.state_dict()
     of = {(): ["state", "param_groups"], GROUP: ["params", "lr", "mirror_map"]}
     of[MAP] = ["name", "options", "state"]
@@ -250,6 +250,22 @@ def test_what_is_lost_is_named():
         lost = replaced(saved, path, {k: v for k, v in part.items() if k != key})
         with pytest.raises(InputError, match=key):
             optimizer.load_state_dict(lost)
+
+
+@pytest.mark.parametrize(
+    ("make_map", "empty"),
+    [(lambda p: maps.Euclidean(), "options"), (maps.Diagonal, "options"),
+     (lambda p: maps.Hypentropy(), "state")],
+    ids=["euclidean", "diagonal", "hypentropy"],
+)  # fmt: skip
+def test_what_is_empty_may_be_lost(make_map, empty):
+    saved, optimizer = trained(make_map, 3.0, 4.0), trained(make_map)
+    state_dict = saved.state_dict()
+    assert state_dict["param_groups"][0]["mirror_map"].pop(empty) == {}
+    optimizer.load_state_dict(state_dict)
+    states = [[t for s in o.state.values() for t in s.values()] for o in (saved, optimizer)]
+    assert states[0]
+    assert same(*states)
 
 
 @pytest.mark.parametrize(

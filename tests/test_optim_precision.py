@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from optim_cases import learned, same, snapshot, start
+from optim_cases import CASES, IDS, learned, quadratic, same, snapshot, start
 
 from mirror_opt import backends, maps
 from mirror_opt.errors import InputError
@@ -229,3 +229,19 @@ def test_a_checkpoint_that_rounds_stochastically_is_not_of_float16():
     with pytest.raises(InputError, match="which is float16: pass bfloat16"):
         optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["rounding"] == "nearest"
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+def test_autocast_around_a_step_does_not_reach_it(name, options):
+    ends = []
+    for enabled in (False, True):
+        params = start(name, options, torch.float32)
+        mirror_map = learned(name, params, options)
+        optimizer = MirrorDescent(params, 0.1, mirror_map, weight_decay=0.1, momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            quadratic(params).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                optimizer.step()
+        ends.append(snapshot(optimizer))
+    assert same(*ends)

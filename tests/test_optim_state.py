@@ -181,6 +181,64 @@ def test_parameters_that_change_their_shape_are_refused(name):
     assert same(before, snapshot(optimizer))
 
 
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("name", ["separable", "kronecker", "diagonal"])
+def test_parameters_that_come_or_go_beside_a_map_of_their_own_are_refused(name, fused):
+    params = [parameter(1.0, 2.0, 3.0), parameter(1.0, 2.0, 3.0)]
+    mirror_map = maps.create(name, params)
+    optimizer = MirrorDescent(params, 0.1, mirror_map, fused=fused)
+    descend(optimizer, params, 1)
+    group = optimizer.param_groups[0]
+    for changed in (params[1:], [*params, parameter(1.0, 2.0, 3.0)]):
+        group["params"] = changed
+        before = [p.detach().clone() for p in changed]
+        for p in changed:
+            p.grad = torch.ones(3)
+        with pytest.raises(InputError, match=r"parameters now and its mirror map was built for 2"):
+            optimizer.step()
+        assert all(map(torch.equal, before, changed))
+
+
+@over_duals
+def test_a_first_step_at_a_rate_of_zero_makes_the_state_whatever_the_parameters_hold(name):
+    # So torch.distributed.checkpoint does, before it loads both.
+    p, optimizer = beginning(name)
+    fresh, other = beginning(name)
+    fill(p, torch.nan, torch.inf, 1.0)
+    for q, each in ((p, optimizer), (fresh, other)):
+        each.param_groups[0]["lr"] = 0.0
+        q.grad = torch.zeros(3)
+        each.step()
+    assert optimizer.state[p].keys() == other.state[fresh].keys()
+    descend(other, [fresh], 2)
+    fill(p, *fresh.tolist())
+    optimizer.load_state_dict(other.state_dict())
+    for q, each in ((p, optimizer), (fresh, other)):
+        each.param_groups[0]["lr"] = 0.1
+        q.grad = torch.ones(3)
+        each.step()
+    assert same(snapshot(optimizer), snapshot(other))
+
+
+@over_duals
+def test_other_memory_is_taken_as_it_is(name):
+    p, optimizer = beginning(name)
+    descend(optimizer, [p], 2)
+    torch.nn.utils.vector_to_parameters(torch.tensor([4.0, 5.0, 6.0]), [p])
+    optimizer.param_groups[0] |= {"lr": 1e-9, "momentum": 0.0}
+    descend(optimizer, [p], 1)
+    torch.testing.assert_close(p.detach(), torch.tensor([4.0, 5.0, 6.0]))
+
+
+def test_a_scaler_that_has_seen_no_gradient():
+    for p in (parameter(1.0, 2.0), torch.nn.Parameter(torch.zeros(0))):
+        optimizer = MirrorDescent([p], 0.1, maps.SeparableNeural([p]))
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(torch.ones(()))
+        scaler.step(optimizer)
+        assert not optimizer.state
+
+
 def test_parameters_of_another_shape_than_the_map_are_refused_from_the_start():
     p = parameter(1.0, 2.0, 3.0)
     optimizer = MirrorDescent([p], 0.1, maps.Diagonal([p]))

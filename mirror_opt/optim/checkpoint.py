@@ -96,7 +96,7 @@ def adopt(mine: list[Group], groups: list[Group], state: State) -> None:
                 raise InputError(f"the checkpoint's state of {where} has no {origin}: {_ADVICE}")
     for mirror_map, group in zip(maps, groups, strict=True):
         mine_now = mirror_map.state_dict()
-        saved = group["mirror_map"]["state"]
+        saved = group["mirror_map"].get("state", {})
         mirror_map.load_state_dict({k: placed_as(v, mine_now[k]) for k, v in saved.items()})
         group["mirror_map"] = mirror_map
         for p in dict.fromkeys(group["params"]):
@@ -155,12 +155,14 @@ def _check_same(mirror_map: MirrorMap, saved: Any) -> None:
             f"the checkpoint is of mirror map {name!r} and this group's is "
             f"{mine['name']!r}: construct the optimizer with the map that was saved"
         )
-    options = checked(saved.get("options"), "options of the mirror_map", dict)
+    # torch.distributed.checkpoint drops what is empty.
+    found = {**{key: {} for key in ("options", "state") if not mine[key]}, **saved}
+    options = checked(found.get("options"), "options of the mirror_map", dict)
     # Options that only one side knows were added or dropped between two versions of the map.
     for key in options.keys() & mine["options"].keys():
         theirs = checked(options[key], f"option {key} of the mirror_map", int, float, str)
         _check_equal(name, key, theirs, mine["options"][key])
-    state = checked(saved.get("state"), "state of the mirror_map", dict)
+    state = checked(found.get("state"), "state of the mirror_map", dict)
     theirs, ours = _shapes(state), _shapes(mine["state"])
     for key in theirs | ours:
         _check_equal(name, f"{key} of shape", theirs.get(key), ours.get(key))

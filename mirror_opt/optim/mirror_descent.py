@@ -201,8 +201,16 @@ class MirrorDescent(Optimizer):
                 loss = closure()
         # Not torch's own decorator, whose deliberate graph breaks forbid compiling with fullgraph.
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            self._step()
+            self._step_without_autocast()
         return loss
+
+    def _step_without_autocast(self) -> None:
+        # Autocast would compute the products of a map in half precision.
+        for kind in {p.device.type for group in self.param_groups for p in group["params"]}:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                with torch.autocast(kind, enabled=False):
+                    return self._step_without_autocast()
+        return self._step()
 
     def _step(self) -> None:
         if torch.compiler.is_compiling():
@@ -305,6 +313,8 @@ class MirrorDescent(Optimizer):
     def _from_scaler(self, shared: list) -> tuple[Tensor | None, Tensor | None]:
         """What GradScaler has set: the scale of the gradients, and a flag to skip the step."""
         found_inf = getattr(self, "found_inf", None)
+        if isinstance(found_inf, int):  # the sum of no flags, where there are no gradients
+            found_inf = torch.tensor(float(found_inf), device="cpu")
         if found_inf is not None and shared:
             found_inf = 1 - agreed(found_inf == 0, shared).float()
         return getattr(self, "grad_scale", None), found_inf

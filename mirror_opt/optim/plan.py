@@ -42,7 +42,11 @@ class Plan:
         # elsewhere a map that saturates or a rate of zero could hide it.
         moved = self.new.buffers or (self.new.duals and self.new.duals is not self.old.duals)
         shown = [] if moved else self.grads
-        return [*self.new.params, *self.new.buffers, *self.new.duals, *shown]
+        # At a rate of zero parameters stay as they are, also where they are yet to be loaded.
+        pairs = zip(self.new.params, self.old.params, strict=True)
+        params = [new for new, old in pairs if new is not old]
+        duals = self.new.duals if self.new.duals is not self.old.duals else []
+        return [*params, *self.new.buffers, *duals, *shown]
 
 
 def attempt_each(function: Callable[[Any], Any], xs: list, failures: list[NewtonError]) -> list:

@@ -7,7 +7,6 @@ dimension, on its way into the map only, and each process keeps its shard of wha
 """
 
 import functools
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -38,7 +37,6 @@ __all__ = [
 
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
-_version = operator.attrgetter("_version")
 
 
 def is_sharded(x: Any) -> bool:
@@ -83,11 +81,12 @@ def shard_index(p: Any) -> tuple[int, ...]:
 
 
 def versions(params: Sequence[Any]) -> list:
-    """How often each was written to in place, as far as torch counts: as a whole, and its shard."""
+    """What tells that others have written to a parameter, or given it other memory: how often it
+    was written to in place, as far as torch counts, as a whole and its shard, and its address."""
     try:
         if all(type(p) in _PLAIN for p in params):
-            return list(map(_version, params))
-        return [(p._version, local(p)._version) for p in params]
+            return [(p._version, p.data_ptr()) for p in params]
+        return [(p._version, local(p)._version, local(p).data_ptr()) for p in params]
     except RuntimeError:  # of an inference tensor there is no count
         return [-1 if p.is_inference() else p._version for p in params]
 

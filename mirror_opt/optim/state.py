@@ -61,12 +61,18 @@ class States:
                 is to be made from them anew.
 
         Raises:
-            InputError: a gradient is sparse, or a parameter has changed its shape.
+            InputError: a gradient is sparse, a parameter has changed its shape, or one was added
+                or removed beside a map that owns tensors.
         """
         group, slots, params, grads, buffers, anchors, dual_inits, duals = lists
         anchored = is_anchored(group)
         stateless = group["momentum"] == 0 and not anchored
         shapes = getattr(group["mirror_map"], "shapes", None)
+        if shapes is not None and len(shapes) != len(group["params"]):
+            raise InputError(
+                f"the group has {len(group['params'])} parameters now and its mirror map was built "
+                f"for {len(shapes)}: build both anew, or leave out a gradient (p.grad = None)"
+            )
         for slot, p in enumerate(group["params"]):
             grad = p.grad
             if grad is None or p.numel() == 0:
@@ -85,12 +91,15 @@ class States:
             else:
                 params.append(p)
                 grads.append(grad)
+            state = self._states.get(p, {})
+            if shapes is None:  # else p has the shape of the map, and so of its state
+                for x in state.values():
+                    if x.shape != p.shape:
+                        raise _changed_shape(group, slot, "the state of earlier steps", x.shape)
             if stateless:
                 continue
-            state = self._states.get(p)
             if not state:
                 _check_not_captured(p)
-                state = {}
             if group["momentum"] != 0:
                 # Zeros make mu 0 + g = g of the first step, as SGD's special case does.
                 buffer = state.get("momentum_buffer")
@@ -110,11 +119,6 @@ class States:
             duals.extend(local(state["dual"]) for state in own)
             if not anchored:
                 dual_inits.extend(local(state["dual_init"]) for state in own)
-        if shapes is None:  # else the parameters have the shapes of the map, and so of their state
-            for xs in filter(None, (buffers, anchors, dual_inits, duals)):
-                for slot, p, x in zip(slots, params, xs, strict=True):
-                    if x.shape != p.shape:
-                        raise _changed_shape(group, slot, "the state of earlier steps", x.shape)
 
     def _init_duals(self, lists: Lists, stale: Collection[Tensor]) -> None:
         group, slots, anchors = lists.group, lists.slots, lists.anchors
@@ -128,6 +132,16 @@ class States:
         if not missing:
             return
         _check_not_captured(whole[missing[0]])
+        # Where the anchor is new the displacement is zero, whatever the parameter holds: it may be
+        # memory that a checkpoint is still to be loaded into.
+        started = {p for p, key, _ in self._replaced if key == "anchor"}
+        for i in missing:
+            if whole[i] in started:
+                (zero,) = widened([torch.zeros_like(lists.params[i])])
+                self._set(whole[i], "dual", from_shard(zero, whole[i]))
+        missing = [i for i in missing if whole[i] not in started]
+        if not missing:
+            return
         xs = [self._unrounded(lists, i) for i in missing]
         if anchors:
             xs = [x - anchors[i] for x, i in zip(xs, missing, strict=True)]
