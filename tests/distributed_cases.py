@@ -1,8 +1,8 @@
 """What the tests of sharded parameters run in every process of a group."""
 
 import contextlib
-import datetime
 import copy
+import datetime
 import io
 import traceback
 from pathlib import Path
