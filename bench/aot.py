@@ -115,7 +115,7 @@ _COLLECT = Variant(
     separable._collect_kernel,
     _pointers("partial_ptr w_ptr s_ptr c_ptr grad_w_ptr grad_s_ptr grad_c_ptr")
     | {"length": "i32", "columns": "i32"},
-    {"K": 4, "JB": 32, "CB": 32},
+    {"JB": 32, "CB": 32},
     warps=4,
 )
 VARIANTS = {

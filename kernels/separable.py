@@ -177,7 +177,7 @@ def _sum_stretch(partial_ptr, slot, length, columns, channel, JB: tl.constexpr, 
 @triton.jit
 def _collect_kernel(
     partial_ptr, w_ptr, s_ptr, c_ptr, grad_w_ptr, grad_s_ptr, grad_c_ptr, length, columns,
-    K: tl.constexpr, JB: tl.constexpr, CB: tl.constexpr,
+    JB: tl.constexpr, CB: tl.constexpr,
 ):
     """The second stage of the sums, and the gradients in w, s and c of unit k from them."""
     channel = tl.program_id(0) * CB + tl.arange(0, CB)
@@ -240,7 +240,7 @@ def backward(
         cb = min(triton.next_power_of_2(columns), 32)
         jb = min(triton.next_power_of_2(length), 1024 // cb)
         _collect_kernel[triton.cdiv(columns, cb), units](
-            partial, w, s, c, *sums, length, columns, K=units, JB=jb, CB=cb, num_warps=4
+            partial, w, s, c, *sums, length, columns, JB=jb, CB=cb, num_warps=4
         )
     return grad_u, grad_gain, *sums
 

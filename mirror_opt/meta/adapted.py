@@ -28,6 +28,9 @@ class NonFiniteLossError(ArithmeticError):
         )
         self.task, self.step = task, step
 
+    def __reduce__(self) -> tuple:  # a copy is made from what the error was
+        return type(self), (self.task, self.step)
+
 
 @dataclass(frozen=True)
 class Adapted:

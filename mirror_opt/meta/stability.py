@@ -13,7 +13,8 @@ For a candidate phi_c with loss L_c and gradient g_c, from phi with L and g and 
 beta estimates the smoothness of the loss relative to h along the step. From the trained horizon
 on, an accepted step is followed by a' = min(alpha, a sqrt(1 + theta), gamma / beta) with
 theta = a' / a, as in adaptive gradient descent (Malitsky and Mishchenko 2020); a rejected one by
-a' = min(a / 2, gamma / beta). Before the horizon the trained step size is left alone unless a step
+a' = min(a / 2, gamma / beta), but no less than a / 1000: what a candidate far out, where the loss
+overflows, tells of the smoothness there is nothing to go by here. Before the horizon the trained step size is left alone unless a step
 is rejected, and then halved: good maps live beyond the classical bound there.
 
 The first ``trusted`` steps are accepted whenever they are finite: what was trained may pass through
@@ -36,7 +37,7 @@ __all__ = ["guarded_run"]
 
 _DECREASE = 0.1  # c: the share of the predicted decrease that must come true
 _GAMMA = 0.7  # safety factor on 1 / beta
-_FREE_GROWTH = 1e9  # theta before the first adapted step: no limit on growth
+_SHRINK = 1e-3  # of a rejected step, at the most
 _RELATIVE_SLACK, _ABSOLUTE_SLACK = 1e-6, 1e-10  # rounding of the loss is not a rise
 
 
@@ -82,7 +83,7 @@ def guarded_run(
     yield Step(params)
     gradient, loss = evaluate(params)
     size = torch.ones_like(loss.detach())  # a / alpha
-    theta = torch.full_like(size, _FREE_GROWTH)
+    theta = torch.ones_like(size)
     for k in range(steps):
         alpha = inner.rate(k)
         a = size * alpha
@@ -106,7 +107,8 @@ def guarded_run(
             if k + 1 >= inner.horizon:
                 grown = torch.minimum(size * torch.sqrt(1 + theta), limit).clamp(max=1)
                 theta = torch.where(accept, grown / size, theta.clamp(max=1))
-                size = torch.where(accept, grown, torch.minimum(shorter, limit))
+                shrunk = torch.minimum(shorter, limit.clamp(min=_SHRINK * size))
+                size = torch.where(accept, grown, shrunk)
             else:
                 theta = torch.where(accept, theta, theta.clamp(max=1))
                 size = torch.where(accept, size, shorter)

@@ -39,9 +39,11 @@ class MirrorDescent(Optimizer):
     :math:`\lambda` (Nemirovski and Yudin 1983; Beck and Teboulle 2003):
 
     .. math::
-        b_{k+1} &= \mu b_k + g_k, \quad b_0 = 0, \qquad
-        d_k = g_k + \mu b_{k+1} \text{ (Nesterov) or } b_{k+1} \\
-        z_k &= \nabla h((1 - \gamma \lambda) \phi_k), \qquad
+        b_{k+1} = \mu b_k + g_k, \quad b_0 = 0, \qquad
+        d_k = g_k + \mu b_{k+1} \text{ (Nesterov) or } b_{k+1}
+
+    .. math::
+        z_k = \nabla h((1 - \gamma \lambda) \phi_k), \qquad
         \phi_{k+1} = \nabla h^*(z_k - \gamma d_k)
 
     For ``maps.Euclidean()`` this is ``torch.optim.SGD``, with the weight decay of AdamW.
