@@ -84,3 +84,10 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv("MIRROR_OPT_CACHE", str(tmp_path / "file"))
     with pytest.raises(InputError, match="set MIRROR_OPT_CACHE to a folder that can be written"):
         cached_array("a.npy", lambda: np.zeros(1))
+
+
+def test_cached_arrays_are_mapped_and_read_only(cache):
+    for _ in range(2):
+        array = cached_array("x.npy", lambda: np.arange(3))
+        assert isinstance(array, np.memmap)
+        assert not array.flags.writeable

@@ -197,3 +197,27 @@ def test_episodes_move_and_convert():
     assert all(x.device.type == "meta" for x in episodes)
     assert episodes.query_x.dtype == torch.float64
     assert episodes.query_y.dtype == torch.int64
+
+
+class Corners(ImageTasks):
+    """Two classes of one image in two copies, and each of them turned."""
+
+    name = "corners"
+    bases = torch.tensor([[[255, 51], [0, 0]], [[255, 0], [102, 153]]])
+
+    def __init__(self):
+        images = self.bases.repeat_interleave(2, 0)[:, None].byte().numpy()
+        members = (np.array([0, 1]), np.array([2, 3]))
+        sets = {"train": ImageSet(images, members, ("a", "b"))}
+        super().__init__(sets, ways=8, shots=1, queries=1, seed=0, rotations=True)
+
+
+def test_every_class_is_turned_by_what_its_name_says():
+    corners = Corners()
+    names = corners.classes("train")
+    drawn = np.random.Generator(np.random.Philox(key=[0, 0], counter=[0, 0, 0, 0]))
+    x = corners.sample("train", 0, 1).support_x[0, :, 0]
+    for image, c in zip(x, drawn.choice(8, 8, replace=False), strict=True):
+        letter, *turned = names[c].split(" turned ")
+        base = Corners.bases["ab".index(letter)]
+        torch.testing.assert_close(image, torch.rot90(base, int(*turned or [0]) // 90) / 255)

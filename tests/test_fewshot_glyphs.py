@@ -169,3 +169,24 @@ def test_the_drawing_is_the_same_again():
 def test_more_ways_than_classes():
     with pytest.raises(InputError, match="ways is 400, but split 'val' of glyphs has"):
         Glyphs(ways=400)
+
+
+def test_random_affine_maps_have_the_stated_ranges_and_reach_their_ends():
+    drawn = glyphs._random_affine(np.random.default_rng(0), 20_000).astype(float)
+    a, b, right, c, d, down = drawn.T
+    scale = 1 / np.hypot(a, c)
+    angle = np.degrees(np.arctan2(c, a))
+    shear = (a * b + c * d) * scale**2  # the second column along the first
+    pixels = 28 / 2 * np.stack([right, down])
+    ranges = ((scale, 0.9, 1.1), (angle, -10, 10), (shear, -0.1, 0.1), (pixels, -1.5, 1.5))
+    for values, low, high in ranges:
+        room = 0.01 * (high - low)
+        assert low - 1e-5 <= values.min() <= low + room
+        assert high - room <= values.max() <= high + 1e-5
+
+
+def test_the_affine_map_that_changes_nothing_shows_the_bitmap_itself(monkeypatch):
+    identity = np.float32([1, 0, 0, 0, 1, 0])
+    monkeypatch.setattr(glyphs, "_random_affine", lambda rng, count: np.tile(identity, (count, 1)))
+    x = torch.rand(1, 2, 3, 1, 28, 28)
+    torch.testing.assert_close(glyphs.Glyphs._augment(None, x, [None]), x, rtol=0, atol=1e-5)

@@ -51,3 +51,8 @@ def test_models_refuse():
         MLP(hidden=())
     with pytest.raises(InputError, match=r"hidden is \(40, 0\)"):
         MLP(hidden=(40, 0))
+
+
+def test_a_block_of_conv4():
+    block = Conv4((1, 28, 28), outputs=5, filters=8).body[0]
+    assert [type(m) for m in block] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]

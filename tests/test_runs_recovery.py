@@ -211,3 +211,46 @@ def test_a_rate_that_diverges_still_leaves_a_model(tmp_path):
     trained = next(row["mean"] for row in rows if row["adapt_steps"] == config.train_steps)
     assert trained is not None
     assert trained < 100
+
+
+def test_the_running_means_and_variances():
+    recovery = make()[2]
+    for x in (0.0, 1.0, 3.0):
+        assert recovery.admit(math.exp(x), 1.0)
+    state = recovery.state_dict()
+    assert state["means"][0] == pytest.approx(0.9 * 0.1 + 0.1 * 3)
+    assert state["variances"][0] == pytest.approx(0.98 * 0.02 + 0.02 * (3 - 0.1) ** 2)
+
+
+@pytest.mark.parametrize(("log", "usual"), [(9.9, True), (10.1, False)])
+def test_a_spike_is_beyond_five_deviations(log, usual):
+    recovery = make()[2]
+    known = {"means": (0.0, 0.0), "variances": (4.0, 4.0)}
+    recovery.load_state_dict({**recovery.state_dict(), **known})
+    assert recovery.admit(math.exp(log), 1.0) is usual
+
+
+def test_means_and_variances_go_back_with_the_state():
+    walk = Walk()
+    walk.take(21)  # the last kept state is of iteration 20
+    state = walk.recovery.state_dict()
+    walk.take(5, loss=2.0)
+    walk.fail()
+    back = walk.recovery.state_dict()
+    assert walk.at == 20
+    assert (back["means"], back["variances"]) == (state["means"], state["variances"])
+
+
+def test_a_resumed_run_knows_that_it_has_just_gone_back():
+    walk, again = Walk(), Walk()
+    walk.take(25, loss=1.5)
+    walk.fail()
+    again.recovery.load_state_dict(walk.recovery.state_dict())
+    again.fail()
+    assert again.at == 10  # 20 failed again: the one before it
+
+
+def test_small_losses_have_spikes_too():
+    walk = Walk()
+    walk.take(15, loss=1e-6)
+    assert not walk.recovery.admit(1e-3, 1.0)
