@@ -1,6 +1,8 @@
 """MetaLearner: what it leaves alone, what it reports, and its configurations."""
 
+import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -266,3 +268,10 @@ def test_bad_calls():
         learner.adapt(F.mse_loss, *(x[0] for x in data()[:2]), guard="Auto")
     with pytest.raises(InputError, match="one or more"):
         learner.evaluate(F.mse_loss, F.mse_loss, *data(), adapt_steps=[])
+
+
+def test_its_error_is_copied_and_pickled():
+    error = NonFiniteLossError(3, "query")
+    for again in (copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert (type(again), str(again)) == (NonFiniteLossError, str(error))
+        assert (again.task, again.step) == (3, "query")

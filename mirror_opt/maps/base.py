@@ -379,10 +379,13 @@ def create(name: str, params: Sequence[Tensor], **options: Any) -> MirrorMap:
     if name not in REGISTRY:
         raise InputError(f"no mirror map named {name!r}: choose one of {', '.join(REGISTRY)}")
     cls = REGISTRY[name]
+    given = (params,) if cls.owns_tensors else ()
+    signature = inspect.signature(cls)
     try:
-        return cls(params, **options) if cls.owns_tensors else cls(**options)
+        signature.bind(*given, **options)
     except TypeError as error:
-        accepted = [n for n in inspect.signature(cls).parameters if n != "params"]
+        accepted = [n for n in signature.parameters if n != "params"]
         raise InputError(
             f"mirror map {name!r}: {error}; its options are {', '.join(accepted) or '(none)'}"
         ) from error
+    return cls(*given, **options)

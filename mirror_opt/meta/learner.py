@@ -192,7 +192,8 @@ class MetaLearner(nn.Module):
         if self.nonfinite == "raise":
             raise_nonfinite(losses.detach().unsqueeze(0))
         named = dict(zip(self.names, params, strict=True))
-        return Adapted(inner, named, losses.detach(), accepted if steps and len(accepted) else None)
+        accepted = accepted if isinstance(accepted, Tensor) else None
+        return Adapted(inner, named, losses.detach(), accepted)
 
     def adapt_batch(
         self,

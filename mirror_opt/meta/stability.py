@@ -13,9 +13,9 @@ For a candidate phi_c with loss L_c and gradient g_c, from phi with L and g and 
 beta estimates the smoothness of the loss relative to h along the step. From the trained horizon
 on, an accepted step is followed by a' = min(alpha, a sqrt(1 + theta), gamma / beta) with
 theta = a' / a, as in adaptive gradient descent (Malitsky and Mishchenko 2020); a rejected one by
-a' = min(a / 2, gamma / beta), but no less than a / 1000: what a candidate far out, where the loss
-overflows, tells of the smoothness there is nothing to go by here. Before the horizon the trained step size is left alone unless a step
-is rejected, and then halved: good maps live beyond the classical bound there.
+a' = min(a / 2, gamma / beta), but no less than a / 1000: a candidate far out, where the loss
+overflows, tells nothing of the smoothness here. Before the horizon the trained step size is left
+alone unless a step is rejected, and then halved: good maps live beyond the classical bound there.
 
 The first ``trusted`` steps are accepted whenever they are finite: what was trained may pass through
 a higher support loss on its way to a lower query loss, and is left as it was trained.

@@ -25,7 +25,7 @@ from mirror_opt.optim.options import (
 )
 from mirror_opt.optim.plan import Lists, Plan, attempt_each, failure
 from mirror_opt.optim.rounding import generators
-from mirror_opt.optim.sharded import agreed, is_sharded, meshes, on_shards, versions
+from mirror_opt.optim.sharded import agreed, anywhere, is_sharded, meshes, on_shards, versions
 from mirror_opt.optim.state import States
 from mirror_opt.optim.update import Update, all_finite, widened
 
@@ -318,7 +318,7 @@ class MirrorDescent(Optimizer):
         if isinstance(found_inf, int):  # the sum of no flags, where there are no gradients
             found_inf = torch.tensor(float(found_inf), device="cpu")
         if found_inf is not None and shared:
-            found_inf = 1 - agreed(found_inf == 0, shared).float()
+            found_inf = anywhere(found_inf, shared)
         return getattr(self, "grad_scale", None), found_inf
 
     def _fused_steps(
@@ -336,7 +336,7 @@ class MirrorDescent(Optimizer):
         flags = [step.found_inf(grad_scale) for step in steps] or [torch.zeros(())]
         found_inf = functools.reduce(torch.maximum, (flag.to(flags[0]) for flag in flags))
         if shared:
-            found_inf = 1 - agreed(found_inf == 0, shared).float()
+            found_inf = anywhere(found_inf, shared)
         if elsewhere:
             return fused, found_inf
         # Where a step could fail, take the one that can be undone.

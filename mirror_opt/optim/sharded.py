@@ -22,6 +22,7 @@ from mirror_opt.maps import MirrorMap
 __all__ = [
     "OnShards",
     "agreed",
+    "anywhere",
     "check_placements",
     "from_shard",
     "gradient",
@@ -122,6 +123,11 @@ def agreed(flag: Tensor, meshes: Iterable) -> Tensor:
             torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MIN, group)
         flag = count.bool()
     return flag
+
+
+def anywhere(flag: Tensor, meshes: Iterable) -> Tensor:
+    """1.0 where the flag (0-dim, as ``found_inf``) is not zero in any process of the meshes."""
+    return 1 - agreed(flag == 0, meshes).float()
 
 
 class OnShards:
