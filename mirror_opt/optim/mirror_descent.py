@@ -25,7 +25,15 @@ from mirror_opt.optim.options import (
 )
 from mirror_opt.optim.plan import Lists, Plan, attempt_each, failure
 from mirror_opt.optim.rounding import generators
-from mirror_opt.optim.sharded import agreed, anywhere, is_sharded, meshes, on_shards, versions
+from mirror_opt.optim.sharded import (
+    Version,
+    agreed,
+    anywhere,
+    is_sharded,
+    meshes,
+    on_shards,
+    version,
+)
 from mirror_opt.optim.state import States
 from mirror_opt.optim.update import Update, all_finite, widened
 
@@ -366,19 +374,18 @@ class MirrorDescent(Optimizer):
         seen = self._written.get(id(group))
         if seen is None or not keeps_dual(group):
             return ()
-        now, other_map = versions(group["params"]), seen.mirror_map is not group["mirror_map"]
-        if now == seen.counts and not other_map:
-            return ()
-        each = zip(group["params"], now, seen.params, seen.counts, strict=False)
-        return {p for p, x, q, y in each if p is q and (other_map or x != y)}
+        other_map = seen.mirror_map is not group["mirror_map"]
+        each = zip(group["params"], seen.params, seen.versions, strict=False)
+        return {p for p, q, left in each if p is q and (other_map or not version(p).follows(left))}
 
     def _left_by(self, lists: Lists) -> "_Written":
         """What this step has left, and for parameters without a gradient what an earlier step."""
-        params, now = list(lists.group["params"]), versions(lists.group["params"])
+        params = list(lists.group["params"])
+        now = list(map(version, params))
         seen = self._written.get(id(lists.group))
         if seen is not None and len(lists.slots) < len(params):
             stepped = set(lists.slots)
-            for i, (p, q, y) in enumerate(zip(params, seen.params, seen.counts, strict=False)):
+            for i, (p, q, y) in enumerate(zip(params, seen.params, seen.versions, strict=False)):
                 if p is q and i not in stepped:
                     now[i] = y
         return _Written(params, now, lists.group["mirror_map"])
@@ -491,10 +498,10 @@ class MirrorDescent(Optimizer):
 
 
 class _Written(NamedTuple):
-    """What a step has left of a group that keeps its dual state: see ``sharded.versions``."""
+    """What a step has left of a group that keeps its dual state: see ``sharded.version``."""
 
     params: list[Tensor]
-    counts: list
+    versions: list[Version]
     mirror_map: MirrorMap
 
 
