@@ -298,10 +298,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("evaluate", _evaluate, "evaluate the checkpoints of a run on new tasks")
     _task_options(sub, trained=True)
     _evaluation_options(sub, trained=True)
-    sub.add_argument("--out", required=True, help="the run's directory")
+    sub.add_argument("--out", type=_directory, required=True, help="the run's directory")
     sub = command("plot", _plot, "redraw the pictures of a run from its rows and checkpoints")
     sub.add_argument("--data-dir", help="where the data of omniglot or folder is now")
-    sub.add_argument("--out", required=True, help="the run's directory")
+    sub.add_argument("--out", type=_directory, required=True, help="the run's directory")
     command("maps", _maps, "list the mirror maps")
     command("info", _info, "versions, devices, data and cache folders, backends")
     return parser
@@ -322,7 +322,8 @@ def _training_options(sub: argparse.ArgumentParser) -> None:
     add("--rate-lr", type=float, help="outer rate of the inner rates, with --learn-lr")
     add("--seed", type=int, help="decides initialisation and tasks (default: 0)")
     _evaluation_options(sub)
-    add("--out", help="the run's directory (default: runs/TASK-METHOD, or runs/TASK-compare)")
+    default = "runs/TASK-METHOD, or runs/TASK-compare"
+    add("--out", type=_directory, help=f"the run's directory (default: {default})")
     existing = sub.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on with the run in --out")
     existing.add_argument("--overwrite", action="store_true", help="replace the run in --out")
@@ -349,6 +350,12 @@ def _evaluation_options(sub: argparse.ArgumentParser, trained: bool = False) -> 
     add("--guard", "auto", f"step-size safeguard: {guards}; auto: past the trained steps")
     add("--threads", "torch's", "CPU threads; 1 for shared cores", type=int)
     sub.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
+
+
+def _directory(text: str) -> str:
+    if not text:  # as a path it would be the current directory
+        raise argparse.ArgumentTypeError("pass a directory")
+    return text
 
 
 def _adder(sub: argparse.ArgumentParser, trained: bool) -> Callable[..., None]:

@@ -66,6 +66,22 @@ def test_wrong_input_to_train(tmp_path, capsys, monkeypatch, arguments, says):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_files_of_something_else_are_left(tmp_path, capsys, command):
+    options = (command, "--task", "sinusoid", *SMALL, "--out", tmp_path)
+    for name in ("map.png", "config.json"):
+        (tmp_path / name).write_text("mine")
+        for mode in ([], ["--overwrite"]):
+            assert name in fails(capsys, *options, *mode)
+        assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "evaluate", "plot"])
+def test_no_directory(capsys, command):
+    assert "argument --out: pass a directory (see:" in fails(capsys, command, "--out", "")
+
+
 def test_wrong_input_to_compare(tmp_path, capsys):
     out = tmp_path / "out"
     command = ("compare", "--task", "sinusoid", "--out", out, "--methods")

@@ -177,10 +177,31 @@ def test_what_fails_beside_a_write_keeps_its_own_message(tmp_path):
 
 
 def test_clear_removes_a_runs_files_and_nothing_else(tmp_path):
-    for name in ("config.json", "checkpoint.pt", "notes.txt", "map.png"):
+    directory.write_json(tmp_path / "config.json", {"task": "sinusoid", "method": "maml"})
+    for name in ("checkpoint.pt", "notes.txt", "map.png"):
         (tmp_path / name).write_text("x")
     with pytest.raises(InputError, match="holds a run already; pass --resume"):
         directory.check_free(tmp_path)
     directory.clear(tmp_path)
     assert os.listdir(tmp_path) == ["notes.txt"]
     directory.check_free(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["map.png", "episodes.png", "history.json", "checkpoint.pt"])
+def test_files_that_are_no_run_s_are_left(tmp_path, name):
+    (tmp_path / name).symlink_to("nowhere")
+    for refuses in (directory.check_free, directory.clear):
+        with pytest.raises(InputError, match=rf"{name}: belongs to no run there, .* move it away"):
+            refuses(tmp_path)
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("text", ["x", "[]", '{"name": "page"}', '{"methods": {"maml": {}}}'])
+def test_a_config_of_something_else_is_left(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"holds a config\.json of something else; pass ano"):
+            directory.check_free(tmp_path, overwrite=overwrite)
+    with pytest.raises(InputError, match="something else"):
+        directory.clear(tmp_path)
+    assert (tmp_path / "config.json").read_text() == text

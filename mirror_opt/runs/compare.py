@@ -78,9 +78,9 @@ def open_comparison(
                 f"--methods {','.join(methods)}: {name!r} is unknown; choose from "
                 f"{', '.join(meta.METHODS)}"
             )
-    if not overwrite:
-        for directory in (out, *(out / name for name in methods)):
-            check_free(directory)
+    check_free(out, overwrite=overwrite)
+    for name in methods:
+        check_free(out / name, overwrite=overwrite)
     if not methods or len(set(methods)) != len(methods):
         raise InputError(f"--methods {','.join(methods)}: pass one or more names, each once")
     if "mirror" not in methods and any(name in given for name in _MIRROR_ONLY):

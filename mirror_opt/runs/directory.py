@@ -29,6 +29,8 @@ HISTORY = "history.json"
 CHECKPOINT = "checkpoint.pt"
 _REMEDY = "restore it or train again"
 PLOTS = ("adaptation.png", "training.png", "map.png", "episodes.png", "fits.png")
+# The config goes last: a directory half cleared is still known to hold a run.
+_FILES = (CHECKPOINT, RESULTS, HISTORY, *PLOTS, CONFIG)
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
@@ -112,17 +114,44 @@ def _is_dict(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-def check_free(out: str | os.PathLike) -> None:
-    r"""Raises InputError if ``out`` holds a run's config, checkpoint or results."""
-    if any((Path(out) / name).exists() for name in (CONFIG, CHECKPOINT, RESULTS)):
+def check_free(out: str | os.PathLike, *, overwrite: bool = False) -> None:
+    r"""Raises InputError if ``out`` holds a run, or another's file under a name that a run uses.
+
+    Args:
+        out: the directory.
+        overwrite: a run may be there.
+    """
+    # A link that leads nowhere is there too.
+    held = [name for name in _FILES if os.path.lexists(Path(out) / name)]
+    if CONFIG in held:
+        if not _is_run(out):
+            raise InputError(f"{out}: holds a {CONFIG} of something else; pass another --out")
+        if not overwrite:
+            raise InputError(
+                f"{out}: holds a run already; pass --resume to go on with it, --overwrite to "
+                "replace it, or another --out"
+            )
+    elif held:
         raise InputError(
-            f"{out}: holds a run already; pass --resume to go on with it, --overwrite to "
-            "replace it, or another --out"
+            f"{Path(out) / held[0]}: belongs to no run there, and a run would replace it; "
+            "move it away, or pass another --out"
         )
 
 
 def clear(out: str | os.PathLike) -> None:
-    r"""Removes a run's own files from ``out`` and nothing else."""
-    # The config goes last: a directory half cleared is still known to hold a run.
-    for name in (CHECKPOINT, RESULTS, HISTORY, *PLOTS, CONFIG):
+    r"""Removes a run's own files from ``out`` and nothing else.
+
+    Raises:
+        InputError: files of such names are there that are not a run's; nothing is removed.
+    """
+    check_free(out, overwrite=True)
+    for name in _FILES:
         (Path(out) / name).unlink(missing_ok=True)
+
+
+def _is_run(out: str | os.PathLike) -> bool:
+    try:
+        configs = read_configs(out)
+    except InputError:
+        return False
+    return all({"task", "method"} <= config.keys() for config in configs.values())

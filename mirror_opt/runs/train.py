@@ -155,8 +155,8 @@ def open_run(
         overwrite: replace the run in ``out``, if there is one.
 
     Raises:
-        InputError: ``out`` holds a run and neither was asked, an option differs from its own, or
-            there is nothing to resume and no task to start.
+        InputError: ``out`` holds a run and neither was asked, or files of something else, an
+            option differs from its own, or there is nothing to resume and no task to start.
     """
     out = Path(out)
     if resume and (out / CONFIG).exists():
@@ -171,8 +171,7 @@ def open_run(
         raise InputError(f"{out}: no run there to go on with; pass the --out of one")
     if resume:
         _log.warning("%s: no run to go on with, starting one", out)
-    if not overwrite:
-        check_free(out)
+    check_free(out, overwrite=overwrite)
     return RunConfig.create(**given)
 
 
