@@ -1,6 +1,7 @@
 """Comparison: the same start, tasks and budget for all methods; finished ones are not redone."""
 
 import json
+import shutil
 
 import pytest
 
@@ -81,8 +82,20 @@ def test_a_method_trained_there_before_is_not_mixed_in(compared, tmp_path):
     out, _, _ = compared
     (out / "config.json").unlink()
     (out / "results.json").unlink()
-    with pytest.raises(InputError, match="holds a run already"):
-        open_comparison(out, GIVEN)
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="maml: holds a run that is no part of a comparison"):
+            open_comparison(out, GIVEN, overwrite=overwrite)
+
+
+def test_overwrite_leaves_runs_that_are_no_part_of_the_comparison(compared):
+    out, configs, _ = compared
+    shutil.copytree(out / "maml", out / "anil")
+    with pytest.raises(InputError, match="anil: holds a run that is no part of a comparison"):
+        open_comparison(out, GIVEN, ("anil",), overwrite=True)
+    before = (out / "anil" / "checkpoint.pt").stat()
+    compare(configs[:1], out, overwrite=True)
+    assert (out / "anil" / "checkpoint.pt").stat() == before
+    assert not (out / "mirror" / "checkpoint.pt").exists()  # it was a part
 
 
 def test_a_mistake_in_the_last_method_shows_before_the_first_is_trained(tmp_path):

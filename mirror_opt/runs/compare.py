@@ -49,8 +49,8 @@ def open_comparison(
         overwrite: replace the comparison in ``out``, if there is one.
 
     Raises:
-        InputError: ``out`` holds a run and neither was asked, an option differs from its own, or
-            an option or a method that cannot be.
+        InputError: ``out`` holds a run and neither was asked, or one of its own where a method's
+            would be, an option differs from its own, or an option or a method that cannot be.
     """
     out = Path(out)
     if resume and (out / CONFIG).exists():
@@ -79,8 +79,15 @@ def open_comparison(
                 f"{', '.join(meta.METHODS)}"
             )
     check_free(out, overwrite=overwrite)
+    there = _methods_in(out)
     for name in methods:
-        check_free(out / name, overwrite=overwrite)
+        if name not in there and (out / name / CONFIG).exists():
+            raise InputError(
+                f"{out / name}: holds a run that is no part of a comparison in {out}; "
+                "pass another --out"
+            )
+    for name in {*there, *methods}:
+        check_free(out / name, overwrite=True)
     if not methods or len(set(methods)) != len(methods):
         raise InputError(f"--methods {','.join(methods)}: pass one or more names, each once")
     if "mirror" not in methods and any(name in given for name in _MIRROR_ONLY):
@@ -118,14 +125,21 @@ def compare(
         for directory in (out, *(out / config.method for config in configs)):
             results.stored(directory / RESULTS)
     if overwrite:
-        for directory in (*(out / name for name in meta.METHODS), out):
-            clear(directory)
+        for name in {*_methods_in(out), *(config.method for config in configs)}:
+            clear(out / name)
+        clear(out)
     write_json(out / CONFIG, {"methods": {c.method: c.to_dict() for c in configs}})
     rows = []
     for config in configs:
         rows += train(config, out / config.method, save_every=save_every)
     results.merge(out / RESULTS, rows)
     return rows
+
+
+def _methods_in(out: Path) -> list[str]:
+    r"""The methods of the comparison in ``out``; none where there is no comparison."""
+    found = read_configs(out) if (out / CONFIG).exists() else {}
+    return [name for name in meta.METHODS if name in found]
 
 
 def _for(method: str, given: dict[str, Any]) -> dict[str, Any]:
