@@ -17,6 +17,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from mirror_opt.untraced import untraced
+
 __all__ = [
     "NewtonError",
     "Solution",
@@ -212,7 +214,7 @@ def _conjugate_gradients(
     return x * size, rr <= stop
 
 
-@torch.compiler.disable
+@untraced
 @torch.no_grad()
 def _solve_linear(product: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
     """The x with product(x) = b; NaN where b is not finite, as a gradient that diverged may be."""
@@ -224,7 +226,7 @@ def _solve_linear(product: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
     return x
 
 
-@torch.compiler.disable  # a loop that asks numbers: traced, each of its lines would be a graph
+@untraced  # a loop that asks numbers: traced, each of its lines would be a graph
 @torch.no_grad()
 def solve_convex(
     f: Callable[[Tensor], Tensor],

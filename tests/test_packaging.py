@@ -109,3 +109,9 @@ def test_a_clean_installation_runs(kind, compiler, source, sdist, tmp_path):
     assert served.split() == ["library" if compiler else "plain"]
     info = run(python.parent / "mirror-opt", "info", cwd=elsewhere)
     assert ("MIRROR_OPT_BUILD_EXT=0" in info) == (not compiler)
+
+
+def test_importing_the_package_does_not_load_the_compiler():
+    # It takes as long to load as torch itself.
+    code = "import sys, mirror_opt.cli; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

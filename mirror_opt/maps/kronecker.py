@@ -15,6 +15,7 @@ from mirror_opt.maps.separable import NeuralMap, NeuralUnits, Separable, alike
 from mirror_opt.newton import implicit_convex
 from mirror_opt.ops.kronecker import rotation_is_fused, separable_rotated
 from mirror_opt.reference import Units, psi_bracket, psi_slope, psi_slope_bounds
+from mirror_opt.untraced import untraced
 
 __all__ = ["KroneckerNeural"]
 
@@ -336,7 +337,7 @@ class KroneckerNeural(NeuralMap):
             return mode_product(coefficient.separable.inverse(v), inverse).squeeze(1)
         return self._solve_coupled(t, coefficient)
 
-    @torch.compiler.disable  # one break in a compiled graph for the whole group
+    @untraced  # one break in a compiled graph for the whole group
     def _solve_coupled(self, t: Tensor, terms: _Terms) -> Tensor:
         # Tensor by tensor: each converges in its own number of steps, to its own accuracy.
         def solve(t: Tensor, terms: _Terms) -> Tensor:

@@ -36,6 +36,7 @@ from mirror_opt.optim.sharded import (
 )
 from mirror_opt.optim.state import States
 from mirror_opt.optim.update import Update, all_finite, widened
+from mirror_opt.untraced import untraced
 
 __all__ = ["MirrorDescent"]
 
@@ -299,7 +300,7 @@ class MirrorDescent(Optimizer):
             self._check(step.take(found_inf, grad_scale))
         return lists
 
-    @torch.compiler.disable
+    @untraced
     def _step_outside_graphs(self) -> None:
         self._step()
 
