@@ -79,11 +79,14 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["file", "file/x", "nowhere", "/proc/x"])
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, name):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("MIRROR_OPT_CACHE", str(tmp_path / "file"))
-    with pytest.raises(InputError, match="set MIRROR_OPT_CACHE to a folder that can be written"):
-        cached_array("a.npy", lambda: np.zeros(1))
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    monkeypatch.setenv("MIRROR_OPT_CACHE", str(tmp_path / name))
+    for cached in (cached_array, cached_arrays):
+        with pytest.raises(InputError, match="set MIRROR_OPT_CACHE to a folder that can be writt"):
+            cached("a", lambda: pytest.fail("built before the folder is known to be of use"))
 
 
 def test_cached_arrays_are_mapped_and_read_only(cache):

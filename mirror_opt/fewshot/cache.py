@@ -85,13 +85,10 @@ def _cached(
     try:
         try:
             return load(path)
-        except (PermissionError, NotADirectoryError):
-            raise  # told now, not after a long build
         except Exception:
             pass  # absent, or damaged, which can raise anything: built again
-        content = build()
-        with atomic_write(path) as file:
-            save(file, content)
+        with atomic_write(path) as file:  # opened first: a folder of no use shows before the work
+            save(file, build())
         return load(path)
     except OSError as error:
         raise InputError(

@@ -3,7 +3,8 @@ r"""Image folder: few-shot classification of any images that lie in folders of c
 import csv
 import json
 import os
-from collections import defaultdict
+import reprlib
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from itertools import chain, combinations
 from pathlib import Path
@@ -125,12 +126,15 @@ def _from_folders(root: Path) -> dict[str, _Classes]:
 def _from_classes(path: Path) -> dict[str, _Classes]:
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
-        named = {split: [str(label) for label in listed.get(split, [])] for split in SPLITS}
+        named = {split: _labels(listed.get(split, [])) for split in SPLITS}
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(
             f"cannot read {path}: {error}; write a JSON object with a list of classes for each "
             f"of {', '.join(SPLITS)}"
         ) from error
+    for split, labels in named.items():
+        if repeated := [label for label, count in Counter(labels).items() if count > 1]:
+            raise InputError(f"{path} names class {repeated[0]!r} in {split} twice: leave one")
     folders: _Classes = defaultdict(list)
     for name, file in _list_named(path.parent, chain.from_iterable(named.values())).items():
         folders[name.rpartition("/")[0]].append(file)
@@ -145,6 +149,13 @@ def _from_classes(path: Path) -> dict[str, _Classes]:
                 )
             splits[split][label] = images
     return splits
+
+
+def _labels(listed: object) -> list[str]:
+    # A text, and the names of an object, could be gone through too.
+    if not isinstance(listed, list):
+        raise TypeError(f"{reprlib.repr(listed)} is no list")
+    return [str(label) for label in listed]
 
 
 def _from_lists(root: Path) -> dict[str, _Classes]:
