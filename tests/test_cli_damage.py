@@ -90,6 +90,15 @@ def test_numbers_that_no_result_can_be(trained, tmp_path, capsys, number):
         assert f"{path}: not valid JSON" in fails(capsys, command, "--out", out)
 
 
+def test_a_text_that_is_not_unicode(trained, tmp_path, capsys):
+    path = changed(
+        trained, tmp_path / "run", "results.json", lambda rows: rows[0].update(task="\ud800")
+    )
+    for command in ("evaluate", "plot"):
+        line = fails(capsys, command, "--out", path.parent)
+        assert f"{path}: a row has a text that is not Unicode; restore it" in line
+
+
 def test_a_run_that_is_not_finished(trained, tmp_path, capsys):
     out = shutil.copytree(trained, tmp_path / "run")
     for name in ("results.json", "history.json", *(path.name for path in out.glob("*.png"))):

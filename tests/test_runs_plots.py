@@ -12,6 +12,7 @@ from mirror_opt import maps
 from mirror_opt.errors import InputError
 from mirror_opt.runs import RunConfig, compare, plots, results, train
 from mirror_opt.runs.compare import open_comparison
+from mirror_opt.runs.config import build
 
 TINY = {"iterations": 3, "tasks_per_batch": 2, "queries": 3, "adapt_steps": "0,2", "test_tasks": 2}
 
@@ -125,16 +126,77 @@ def test_adaptation_marks_what_diverged_and_tells_guards_apart():
 
 
 def test_bands_of_few_lines_and_bars_of_many():
-    for seeds, beside in ((4, False), (5, True)):
+    for seeds, below in ((4, False), (5, True)):
         rows = [row(adapt_steps=s, mean=2.0 - s, seed=i) for i in range(seeds) for s in (0, 1)]
         figure = plots.adaptation(rows)
         (axes,) = figure.axes
         bars = [c for c in axes.collections if isinstance(c, LineCollection)]
         assert len(axes.collections) == seeds
-        assert len(bars) == (seeds if beside else 0)
-        assert (axes.get_legend() is None) == bool(figure.legends) == beside
+        assert len(bars) == (seeds if below else 0)
+        assert (axes.get_legend() is None) == bool(figure.legends) == below
         (legend,) = figure.legends or [axes.get_legend()]
         assert len(legend.get_texts()) == seeds
+
+
+def saved(tmp_path, rows):
+    """The picture as it is laid out when it is drawn."""
+    with plots._styled():
+        figure = plots.adaptation(rows)
+        figure.savefig(tmp_path / "adaptation.png")
+    return figure
+
+
+def test_many_settings_of_one_method_are_told_apart(tmp_path):
+    long = {"task_options": {"split": "background", "validation": 100, "rotations": True}}
+    rows = [row(adapt_steps=s, mean=2.0 - s, seed=i, **long) for i in range(12) for s in (0, 1)]
+    rows += [r | {"data": 64 * "7", "task_options": {}, "test_tasks": 9} for r in rows]
+    figure = saved(tmp_path, rows)
+    (axes,) = figure.axes
+    curves = [line for line in axes.lines if not line.get_label().startswith("_")]
+    assert len({(c.get_color(), c.get_linestyle(), c.get_marker()) for c in curves}) == 24
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(set(names)) == 24
+    assert not any("None" in name or "none" in name for name in names)
+    width, height = figure.get_size_inches()
+    assert axes.get_position().width * width > 6
+    assert axes.get_position().height * height > 2.8
+
+
+def test_long_names_of_few_lines_are_below_the_axes(tmp_path):
+    rows = [row(adapt_steps=1, mean=1.0, data=c * 200) for c in "ab"]
+    figure = saved(tmp_path, rows)
+    (axes,) = figure.axes
+    assert axes.get_legend() is None
+    box = figure.legends[0].get_window_extent()
+    assert box.x1 <= figure.bbox.x1
+    assert box.y1 <= axes.get_window_extent().y0
+
+
+def test_texts_are_drawn_as_they_are(tmp_path):
+    text = r"$\frac{$"
+    rows = [row(adapt_steps=1, mean=1.0, task=text, seed=i, method=text) for i in (0, 1)]
+    figure = saved(tmp_path, rows)
+    assert figure.axes[0].get_title(loc="left") == r"\$\frac{\$, 10-shot, trained at 5 steps"
+
+
+def test_ticks_of_a_short_training_are_whole():
+    config = RunConfig.create("sinusoid", "maml", iterations=3)
+    figure = plots.training([(config, torch.tensor([3.0, 2.0, 1.0]))])
+    figure.draw_without_rendering()
+    assert all(tick == round(tick) for tick in figure.axes[0].get_xticks())
+
+
+def test_the_share_of_right_queries_is_of_those_shown(monkeypatch):
+    config = RunConfig.create("glyphs", "maml", ways=2, queries=12, filters=2, device="cpu")
+    task, learner = build(config)
+    batch = task.sample("test", 0, 1)
+    # Right are the first eight of each class, and no other.
+    shown = torch.arange(24) % 12 < 8
+    labels = torch.where(shown, batch.query_y[0], 1 - batch.query_y[0])
+    monkeypatch.setattr(plots, "_predict", lambda *_: torch.eye(2)[labels][None])
+    with plots._styled():
+        figure = plots.episode([(config, task, learner)])
+    assert figure.axes[1].get_title(loc="left") == "maml: 100%"
 
 
 def test_accuracy_is_in_percent():

@@ -5,6 +5,7 @@ import contextlib
 import io
 import math
 import os
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from mirror_opt import fewshot
@@ -53,6 +54,7 @@ _COLOURS = {
     "meta-curvature": "#e69f00",
     "mirror": "#d55e00",
 }
+_WIDTH = 110  # letters of a legend below the axes
 _RIGHT, _WRONG = (0, 158, 115), (213, 94, 0)
 
 Trained = tuple[RunConfig, TaskFamily, MetaLearner]
@@ -104,20 +106,29 @@ def draw(out: str | os.PathLike, *, data_dir: str | os.PathLike | None = None) -
 def adaptation(rows: list[dict[str, Any]]) -> Figure:
     r"""The metric against adaptation steps, one line a method and setting, with 95% intervals.
 
-    They are bands; of more than four lines, whose bands would merge, they are bars, and the legend
-    is beside the axes. A step after which a task diverged has a cross at the edge of the axes.
+    They are bands; of more than four lines, whose bands would merge, they are bars. The legend of
+    many lines, or of long names, is below the axes, and the picture grows with it. A step after
+    which a task diverged has a cross at the edge of the axes.
     """
     percent = rows[0]["metric"] == "accuracy"
     lines = results.lines(rows)
     many = len(lines) > 4
-    figure = Figure(figsize=(9, 4) if many else (6, 4))
+    names = [_literal("\n".join(textwrap.wrap(name, _WIDTH)) or name) for name in lines]
+    longest = max(map(len, "\n".join(names).splitlines()))
+    below = many or longest > 40
+    # Of a legend below: a marker takes the room of ten letters.
+    columns = max(1, (_WIDTH + 10) // (longest + 10))
+    lowest = math.ceil(sum(name.count("\n") + 1 for name in names) / columns)
+    figure = Figure(figsize=(9, 4 + 0.17 * lowest) if below else (6, 4))
     axes = figure.add_subplot()
     drawn: collections.Counter[str] = collections.Counter()
-    for name, line in lines.items():
+    for name, line in zip(names, lines.values(), strict=True):
         line = sorted(line, key=lambda row: row["adapt_steps"])
-        colour = _COLOURS.get(line[0]["method"])
+        colour = _COLOURS.get(line[0]["method"], "#333333")
         method = results.label(line[0])
+        # Of one colour: seven markers and four dashes have 28 pairs before one comes again.
         style = ("-", "--", ":", "-.")[drawn[method] % 4]
+        marker = "osD^vPX"[drawn[method] % 7]
         drawn[method] += 1
         known = [row for row in line if row["mean"] is not None]
         scale = 100 if percent else 1
@@ -136,18 +147,18 @@ def adaptation(rows: list[dict[str, Any]]) -> Figure:
             style,
             color=colour,
             label=name,
-            marker="o",
+            marker=marker,
             markersize=4,
         )
-        lost = [row["adapt_steps"] for row in line if row["mean"] is None]
-        axes.plot(
-            lost,
-            [0.98] * len(lost),
-            "x",
-            color=colour,
-            clip_on=False,
-            transform=axes.get_xaxis_transform(),
-        )
+        if lost := [row["adapt_steps"] for row in line if row["mean"] is None]:
+            axes.plot(
+                lost,
+                [0.98] * len(lost),
+                "x",
+                color=colour,
+                clip_on=False,  # which the layout makes room for, even where nothing is drawn
+                transform=axes.get_xaxis_transform(),
+            )
     ticks = sorted({row["adapt_steps"] for row in rows})
     if ticks[-1] > 20:
         axes.set_xscale("symlog", linthresh=10)
@@ -159,9 +170,9 @@ def adaptation(rows: list[dict[str, Any]]) -> Figure:
         axes.set_ylabel("query MSE")
         if any(row["mean"] is not None for row in rows):  # crosses alone have no place on it
             _log(axes)
-    axes.set_title(results.setting(rows))
-    if many:
-        figure.legend(loc="outside right upper", fontsize=8, handlelength=3)
+    axes.set_title(_literal(results.setting(rows)))
+    if below:
+        figure.legend(loc="outside lower left", ncols=columns, fontsize=8, handlelength=3)
     else:
         axes.legend()
     return figure
@@ -181,6 +192,7 @@ def training(runs: list[tuple[RunConfig, Tensor]]) -> Figure:
         ]
         axes.plot(middle, means, color=_COLOURS.get(config.method), label=config.label)
     _log(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("meta-iteration")
     axes.set_ylabel(f"query loss after {counted(runs[0][0].train_steps, 'step')}")
     axes.set_title(f"{runs[0][0].task}: meta-training")
@@ -278,17 +290,21 @@ def fits(trained: list[Trained]) -> Figure:
 def episode(trained: list[Trained]) -> Figure:
     r"""One new task: its support images, and per method the queries, framed by right or wrong.
 
-    Rows are classes; the frame of a query is green where the adapted model names its class.
+    Rows are classes, of which eight images each are shown; the frame of a query is green where the
+    adapted model names its class. The title has the share of those that are.
     """
     config, family, _ = trained[0]
     batch = family.sample("test", 0, 1)
     step = config.horizon[1]
-    panels = [("support", _mosaic(batch.support_x[0], batch.support_y[0], None))]
+    shown = _first(batch.support_y[0])
+    panels = [("support", _mosaic(batch.support_x[0, shown], batch.support_y[0, shown], None))]
+    shown = _first(batch.query_y[0])
+    x, y = batch.query_x[0, shown], batch.query_y[0, shown]
     for one in trained:
         logits = _predict(one, batch, batch.query_x, step)[0]
-        right = (logits.argmax(-1) == batch.query_y[0]) & logits.isfinite().all(-1)
+        right = ((logits.argmax(-1) == batch.query_y[0]) & logits.isfinite().all(-1))[shown]
         title = f"{one[0].label}: {100 * float(right.float().mean()):.0f}%"
-        panels.append((title, _mosaic(batch.query_x[0], batch.query_y[0], right)))
+        panels.append((title, _mosaic(x, y, right)))
     widths = [image.shape[1] / panels[1][1].shape[1] for _, image in panels]
     height = 4.0 * panels[1][1].shape[0] / panels[1][1].shape[1]
     figure = Figure(figsize=(4.0 * sum(widths), height + 0.7))
@@ -334,6 +350,11 @@ def _predict(trained: Trained, batch: Episodes, x: Tensor, steps: int) -> Tensor
         return torch.full((*x.shape[:2], task.output_size), math.nan)
 
 
+def _literal(text: str) -> str:
+    r"""A text as it is: what is between dollars, matplotlib would take for mathematics."""
+    return text.replace("$", r"\$")
+
+
 def _log(axes: Axes) -> None:
     r"""A log y axis that writes 0.02, not 2 x 10^-2, and not at every tick."""
     axes.set_yscale("log")
@@ -342,8 +363,13 @@ def _log(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _mosaic(images: Tensor, labels: Tensor, right: Tensor | None, most: int = 8) -> np.ndarray:
-    r"""Images ``(n, channels, h, w)`` as one picture, a row per class, ``most`` of each, framed."""
+def _first(labels: Tensor, most: int = 8) -> Tensor:
+    r"""The indices of the first ``most`` of each class, class by class."""
+    return torch.cat([(labels == label).nonzero()[:most, 0] for label in labels.unique()])
+
+
+def _mosaic(images: Tensor, labels: Tensor, right: Tensor | None) -> np.ndarray:
+    r"""Images ``(n, channels, h, w)`` as one picture, a row per class, framed."""
     low, high = images.min(), images.max()
     grey = ((images - low) / (high - low).clamp(min=1e-6) * 255).byte()
     if grey.shape[1] == 1 and grey.float().mean() < 128:
@@ -352,7 +378,7 @@ def _mosaic(images: Tensor, labels: Tensor, right: Tensor | None, most: int = 8)
     rows = []
     for label in labels.unique():
         cells = []
-        for i in (labels == label).nonzero()[:most, 0].tolist():
+        for i in (labels == label).nonzero()[:, 0].tolist():
             frame = (205, 205, 205) if right is None else _RIGHT if right[i] else _WRONG
             cell = np.full((pixels.shape[1] + 4, pixels.shape[2] + 4, 3), frame, np.uint8)
             cell[2:-2, 2:-2] = pixels[i]

@@ -184,6 +184,10 @@ def read(path: str | Path) -> list[dict[str, Any]]:
             if name not in row or not fits(row[name], hint):
                 what = f"has {name} {row[name]!r}" if name in row else f"lacks {name}"
                 raise InputError(f"{path}: a row {what}; {_REMEDY}")
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # half of a pair of surrogates, which no output takes
+            raise InputError(f"{path}: a row has a text that is not Unicode; {_REMEDY}") from None
         if (row["mean"] is None) != (row["ci95"] is None):
             raise InputError(
                 f"{path}: a row has mean {row['mean']!r} and ci95 {row['ci95']!r}; {_REMEDY}"
@@ -226,12 +230,14 @@ def lines(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     named = {}
     for line in by_key.values():
         rivals = [other[0] for other in by_key.values() if label(other[0]) == label(line[0])]
-        told = [
-            f"{name.replace('_', ' ')} {_apart(line[0][name], [other[name] for other in rivals])}"
+        told = {
+            name.replace("_", " "): _apart(line[0][name], [other[name] for other in rivals])
             for name in _KEY
             if name not in _NAMED and any(other[name] != line[0][name] for other in rivals)
-        ]
-        named[", ".join([label(line[0]), *told])] = line
+        }
+        # What a line has not is told by the others, which have it.
+        texts = [f"{name} {text}" for name, text in told.items() if text]
+        named[", ".join([label(line[0]), *texts])] = line
     return named
 
 
@@ -279,7 +285,10 @@ def _key(row: dict[str, Any]) -> tuple:
 
 
 def _apart(value: Any, others: list[Any]) -> str:
-    r"""What tells a value apart from others: of a dict, the entries that not all of them have."""
+    r"""What tells a value apart from others: of a dict, the entries that not all of them have.
+
+    Empty for None and where there is no such entry.
+    """
     if isinstance(value, dict):
         missing = object()
         value = {
@@ -287,7 +296,7 @@ def _apart(value: Any, others: list[Any]) -> str:
             for key, part in value.items()
             if any(other.get(key, missing) != part for other in others)
         }
-    return shown(value) or "none"
+    return "" if value is None else shown(value)
 
 
 def _cell(row: dict[str, Any], percent: bool) -> str:
