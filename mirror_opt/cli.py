@@ -5,8 +5,8 @@ reader of the output that has left status 141.
 """
 
 import argparse
+import errno
 import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -23,11 +23,23 @@ from mirror_opt.runs.compare import METHODS, compare, open_comparison
 from mirror_opt.runs.config import GUARDS
 from mirror_opt.runs.directory import CONFIG
 from mirror_opt.runs.evaluate import evaluate_run
+from mirror_opt.runs.options import resume_command
 from mirror_opt.runs.train import open_run, train
 
 __all__ = ["main"]
 
 _TRAINING = ("train", "compare")
+_ROOM = ("with room to write", "needs room to write")
+_RIGHTS = ("that can be read and written", "has to be readable and writable")
+# By the error where --out cannot be written: which to pass, and what one that is there needs.
+_ADVICE = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: _RIGHTS,
+    0: ("that is a directory, or can be made one", "has to be a directory to read and write in"),
+}
 # What is no part of what a run is.
 _HOW = (
     "command",
@@ -120,7 +132,8 @@ def _told(error: OSError, arguments: argparse.Namespace) -> str:
         return message
     if isinstance(error.filename, str) and _cannot_write(error.filename, _out(arguments)):
         is_new = arguments.command in _TRAINING and "resume" not in arguments
-        message += "; pass an --out with room to write" if is_new else "; it needs room to write"
+        new, old = _ADVICE.get(error.errno or 0, _ADVICE[0])
+        message += f"; pass an --out {new}" if is_new else f"; it {old}"
     return message
 
 
@@ -139,10 +152,9 @@ def _interrupted(arguments: argparse.Namespace) -> int:
         if _stamp(out) in (None, getattr(arguments, "replaced", None)):
             hint = "; the run had not begun"
         else:
-            resume = ["mirror-opt", arguments.command, "--out", str(out), "--resume"]
-            if "resume" in arguments and "data_dir" in arguments:
-                resume += ["--data-dir", arguments.data_dir]
-            hint = f"; go on with: {shlex.join(resume)}"
+            moved = "resume" in arguments and "data_dir" in arguments
+            data = {"data_dir": arguments.data_dir} if moved else {}
+            hint = f"; go on with: {resume_command(arguments.command, out, **data)}"
     print(f"mirror-opt: interrupted{hint}", file=sys.stderr)
     return 130
 

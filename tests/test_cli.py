@@ -43,7 +43,14 @@ from cli_cases import IMAGES, SMALL, fails, run
         ("--task sinusoid --train-steps 5-1", "--train-steps 5-1: pass a number"),
         ("--task sinusoid --train-steps 0", "--train-steps 0: pass a number"),
         ("--task sinusoid --iterations 0", "--iterations 0: must be a whole number"),
-        ("--task sinusoid --test-tasks 1", "--test-tasks 1: must be a whole number, at least 2"),
+        ("--task sinusoid --test-tasks 1", "--test-tasks 1: must be a whole number, from 2 to"),
+        (f"--task sinusoid --iterations {2**63}", f"--iterations {2**63}: must be a whole number"),
+        (f"--task sinusoid --test-tasks {10**19}", f"--test-tasks {10**19}: must be a whole n"),
+        (f"--task sinusoid --seed {2**63}", f"--seed {2**63}: must be a whole number, from 0"),
+        (f"--task sinusoid --adapt-steps 1,{2**63}", f"--adapt-steps 1,{2**63}: pass step counts"),
+        (f"--task sinusoid --train-steps 1-{2**63}", f"--train-steps 1-{2**63}: pass a number"),
+        ("--task sinusoid --tasks-per-batch 1000001", "must be a whole number, from 1 to 1000000"),
+        ("--task sinusoid --download", "--download: task sinusoid has nothing to download; drop"),
         ("--task sinusoid --lr nan", "--lr nan: must be a number from 0 to"),
         ("--task sinusoid --learn-lr --rate-lr 1e300", "--rate-lr 1e+300: must be a number from"),
         ("--task sinusoid --threads 3000000000", "--threads 3000000000: must be a whole number"),
@@ -105,8 +112,13 @@ def test_wrong_commands(capsys, arguments):
 
 def test_a_directory_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    line = fails(capsys, "train", "--task", "sinusoid", *SMALL, "--out", tmp_path / "file" / "run")
-    assert str(tmp_path / "file") in line
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for name in ("file", "file/run", "link"):
+        out = tmp_path / name
+        line = fails(capsys, "train", "--task", "sinusoid", *SMALL, "--out", out)
+        assert line.startswith(f"mirror-opt: error: {out}: ")
+        assert line.endswith("; pass an --out that is a directory, or can be made one")
+    assert not (tmp_path / "gone").exists()
 
 
 def test_evaluate(trained, tmp_path, capsys):

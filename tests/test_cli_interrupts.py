@@ -1,12 +1,14 @@
 """Runs that are there already, and commands that are interrupted."""
 
 import importlib
+import shlex
 import shutil
 
 import pytest
 from cli_cases import IMAGES, SMALL, fails, run
 
 from mirror_opt import cli
+from mirror_opt.runs.lock import writing
 
 train_module = importlib.import_module("mirror_opt.runs.train")  # its package has the function
 
@@ -34,6 +36,19 @@ def test_a_run_is_there_until_its_replacement_is_sure(
     assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
 
 
+def test_another_process_is_writing_there(trained, compared, tmp_path, capsys):
+    for source, command in ((trained, "train"), (compared, "compare")):
+        out = shutil.copytree(source, tmp_path / command)
+        commands = [("evaluate",), (command, "--resume")]
+        commands.append((command, "--task", "sinusoid", *SMALL, "--overwrite"))
+        with writing(out):
+            before = {path: path.read_bytes() for path in out.rglob("*.*")}
+            for arguments in commands:
+                line = fails(capsys, *arguments, "--out", out)
+                assert f"{out}: another run is writing there" in line
+            assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
+
+
 def stop(*_, **__):
     raise KeyboardInterrupt
 
@@ -53,6 +68,17 @@ def test_interrupted_after_training(tmp_path, capsys, monkeypatch, command, at):
     assert run(*hint.split()[1:]) == 0
     assert (out / "fits.png").exists()
     assert (out / "results.json").exists()
+
+
+def test_the_command_to_go_on_with_takes_any_directory(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ("train", "--task", "sinusoid", *SMALL, "--out=-my run")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "evaluate", stop)
+        assert run(*options) == 130
+    hint = capsys.readouterr().err.partition("; go on with: ")[2]
+    assert hint == "mirror-opt train '--out=-my run' --resume\n"
+    assert run(*shlex.split(hint)[1:]) == 0
 
 
 def test_interrupted_before_a_run_is_replaced(trained, tmp_path, capsys, monkeypatch):

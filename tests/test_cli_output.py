@@ -1,6 +1,7 @@
 """What the command line prints, and where there is no room for it."""
 
 import errno
+import importlib
 import os
 import re
 import shutil
@@ -11,6 +12,10 @@ import pytest
 from cli_cases import IMAGES, fails, run
 
 from mirror_opt import cli, fewshot, maps
+from mirror_opt.runs import lock
+
+evaluate_module = importlib.import_module("mirror_opt.runs.evaluate")
+train_module = importlib.import_module("mirror_opt.runs.train")  # its package has the function
 
 
 def test_no_room_in_a_directory(trained, tmp_path, capsys, monkeypatch):
@@ -25,6 +30,20 @@ def test_no_room_in_a_directory(trained, tmp_path, capsys, monkeypatch):
     assert run("evaluate", "--out", old) == 2
     line = capsys.readouterr().err
     assert f"{old / 'results.json'}: No space left on device; it needs room to write" in line
+
+
+def test_a_run_that_may_not_be_written(trained, tmp_path, capsys, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    old = shutil.copytree(trained, tmp_path / "old")
+    # Told before the work is done.
+    monkeypatch.setattr(evaluate_module, "evaluate", None)
+    monkeypatch.setattr(train_module, "_loop", None)
+    monkeypatch.setattr(lock, "_locked", refuse)
+    for command in (("evaluate",), ("train", "--resume")):
+        line = fails(capsys, *command, "--out", old)
+        assert line.endswith(f"{old}: Read-only file system; it has to be readable and writable")
 
 
 @pytest.mark.parametrize("name", ["/elsewhere/file", None])

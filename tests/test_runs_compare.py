@@ -112,8 +112,9 @@ def test_defaults_and_names(tmp_path):
     assert [config.map for config in configs] == [None, None, "separable"]
     with pytest.raises(InputError, match="each once"):
         open_comparison(tmp_path, {"task": "glyphs"}, ("maml", "maml"))
-    with pytest.raises(InputError, match="--map"):
-        open_comparison(tmp_path, {"task": "glyphs", "map": "separable"}, ("maml",))
+    for name, value in (("map", "separable"), ("map_options", "terms=4")):
+        with pytest.raises(InputError, match=f"--{name.replace('_', '-')}: none of --methods"):
+            open_comparison(tmp_path, {"task": "glyphs", name: value}, ("maml",))
 
 
 def test_evaluating_adds_rows_and_replaces_those_measured_again(compared):

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from mirror_opt.errors import InputError
 from mirror_opt.files import atomic_write
 from mirror_opt.runs import checkpoint, directory
+from mirror_opt.runs.lock import LOCK, writing
 
 STATE = {
     "config": {"task": "sinusoid"},
@@ -121,11 +124,42 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert os.listdir(tmp_path) == ["results.json"]
 
 
-def test_a_leftover_of_a_killed_write_is_replaced(tmp_path):
-    (tmp_path / ".a.json.tmp").write_text('["ha')
-    directory.write_json(tmp_path / "a.json", [1, {"b": None}])
-    assert os.listdir(tmp_path) == ["a.json"]
-    assert directory.read_json(tmp_path / "a.json", list) == [1, {"b": None}]
+def test_each_writer_has_a_temporary_file_of_its_own(tmp_path):
+    path = tmp_path / "results.json"
+    with atomic_write(path) as first:
+        directory.write_json(path, [1, {"b": None}])
+        first.write(b"[2]")
+        assert directory.read_json(path, list) == [1, {"b": None}]
+    assert directory.read_json(path, list) == [2]
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_one_writer_at_a_time(tmp_path):
+    out = tmp_path / "run"
+    with writing(out):
+        with pytest.raises(InputError, match=f"{out}: another run is writing there"), writing(out):
+            pass
+        directory.check_free(out)  # it holds no run yet
+    assert os.listdir(out) == []
+    with writing(out):
+        pass
+
+
+def test_what_a_killed_writer_leaves(tmp_path):
+    # The write fails as where the process is killed: nothing is cleaned up.
+    code = (
+        "import os, sys; from mirror_opt.runs import checkpoint, lock\n"
+        "with lock.writing(sys.argv[1]):\n"
+        "    os.fsync = lambda _: os._exit(9)\n"
+        "    checkpoint.save(sys.argv[1] + '/checkpoint.pt', {})"
+    )
+    assert subprocess.run([sys.executable, "-c", code, tmp_path]).returncode == 9
+    names = sorted(os.listdir(tmp_path))
+    assert names[1:] == [LOCK]
+    assert names[0].startswith(".checkpoint.pt.")
+    with writing(tmp_path):
+        assert os.listdir(tmp_path) == [LOCK]
+    assert os.listdir(tmp_path) == []
 
 
 def test_json_is_strict(tmp_path):

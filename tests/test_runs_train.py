@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from uuid import uuid4
 
 import pytest
 import torch
@@ -196,10 +197,11 @@ def test_killed_before_the_first_checkpoint(whole, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     (out / "config.json").write_bytes((whole / "config.json").read_bytes())
-    (out / ".checkpoint.pt.tmp").write_bytes(b"half")
+    half = out / f".checkpoint.pt.{uuid4().hex}"
+    half.write_bytes(b"half")
     assert main(["train", "--out", str(out), "--resume"]) == 0
     assert same(final(whole), final(out))
-    assert not (out / ".checkpoint.pt.tmp").exists()
+    assert not half.exists()
 
 
 def test_resuming_a_finished_run_changes_nothing(whole):

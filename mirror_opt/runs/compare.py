@@ -19,6 +19,8 @@ from mirror_opt.runs.directory import (
     read_configs,
     write_json,
 )
+from mirror_opt.runs.lock import writing
+from mirror_opt.runs.options import option
 from mirror_opt.runs.train import check_data, check_save_every, prepare, train
 
 __all__ = ["METHODS", "compare", "open_comparison"]
@@ -90,8 +92,11 @@ def open_comparison(
         check_free(out / name, overwrite=True)
     if not methods or len(set(methods)) != len(methods):
         raise InputError(f"--methods {','.join(methods)}: pass one or more names, each once")
-    if "mirror" not in methods and any(name in given for name in _MIRROR_ONLY):
-        raise InputError("--map: none of --methods takes a map; add mirror to --methods")
+    for name in _MIRROR_ONLY:
+        if name in given and "mirror" not in methods:
+            raise InputError(
+                f"{option(name)}: none of --methods takes a map; add mirror to --methods"
+            )
     return [RunConfig.create(method=name, **_for(name, given)) for name in methods]
 
 
@@ -121,18 +126,19 @@ def compare(
         path = out / config.method / CHECKPOINT
         if path.exists() and not overwrite:
             check_data(path, checkpoint.load(path), config, task)
-    if not overwrite:  # and a damaged file before the work is done
-        for directory in (out, *(out / config.method for config in configs)):
-            results.stored(directory / RESULTS)
-    if overwrite:
-        for name in {*_methods_in(out), *(config.method for config in configs)}:
-            clear(out / name)
-        clear(out)
-    write_json(out / CONFIG, {"methods": {c.method: c.to_dict() for c in configs}})
-    rows = []
-    for config in configs:
-        rows += train(config, out / config.method, save_every=save_every)
-    results.merge(out / RESULTS, rows)
+    with writing(out):
+        if not overwrite:  # and a damaged file before the work is done
+            for directory in (out, *(out / config.method for config in configs)):
+                results.stored(directory / RESULTS)
+        if overwrite:
+            for name in {*_methods_in(out), *(config.method for config in configs)}:
+                clear(out / name)
+            clear(out)
+        write_json(out / CONFIG, {"methods": {c.method: c.to_dict() for c in configs}})
+        rows = []
+        for config in configs:
+            rows += train(config, out / config.method, save_every=save_every)
+        results.merge(out / RESULTS, rows)
     return rows
 
 

@@ -2,7 +2,6 @@ r"""What defines a run: every option, its default and its check, and the objects
 
 import dataclasses
 import inspect
-import math
 import os
 import reprlib
 import typing
@@ -18,6 +17,7 @@ from mirror_opt.errors import InputError
 from mirror_opt.fewshot import TaskFamily
 from mirror_opt.meta import MetaLearner
 from mirror_opt.runs import options
+from mirror_opt.runs.directory import MOST
 from mirror_opt.runs.options import READERS, check_further, check_type, option, shown
 
 __all__ = ["GUARDS", "RunConfig", "build"]
@@ -28,10 +28,10 @@ _RATES = ("lr", "init_lr", "map_lr", "rate_lr")
 _LARGEST_RATE = 1e30  # ten times it, Adam's first step, is a float32 still
 # Of whole numbers the least and the most.
 _BOUNDS = {
-    "iterations": (1, math.inf),
-    "tasks_per_batch": (1, math.inf),
-    "test_tasks": (2, math.inf),
-    "seed": (0, math.inf),
+    "iterations": (1, MOST),
+    "tasks_per_batch": (1, 10**6),  # each has a random generator, of about a kilobyte
+    "test_tasks": (2, MOST),
+    "seed": (0, MOST),
     "threads": (1, 1024),  # more, and the process may not get them
 }
 _PAIRS = ("map_options", "task_options")
@@ -141,8 +141,9 @@ class RunConfig:
         for name, (least, most) in _BOUNDS.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
-                bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-                raise InputError(f"{option(name)} {value}: must be a whole number, {bounds}")
+                raise InputError(
+                    f"{option(name)} {value}: must be a whole number, from {least} to {most}"
+                )
         for name in _RATES:
             value = getattr(self, name)
             if not 0 <= value <= _LARGEST_RATE:
@@ -254,6 +255,8 @@ def build(config: RunConfig, *, download: bool = False) -> tuple[TaskFamily, Met
     device = options.device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if download and "download" not in inspect.signature(fewshot.TASKS[config.task]).parameters:
+        raise InputError(f"--download: task {config.task} has nothing to download; drop --download")
     task = fewshot.make_task(
         config.task,
         ways=config.ways,

@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from mirror_opt.errors import InputError
-from mirror_opt.files import atomic_write
+from mirror_opt.files import atomic_write, leftovers
 
 __all__ = [
     "CHECKPOINT",
     "CONFIG",
     "HISTORY",
+    "MOST",
     "PLOTS",
     "RESULTS",
     "check_free",
     "clear",
     "read_configs",
     "read_json",
+    "sweep",
     "write_bytes",
     "write_json",
 ]
@@ -27,6 +29,7 @@ CONFIG = "config.json"
 RESULTS = "results.json"
 HISTORY = "history.json"
 CHECKPOINT = "checkpoint.pt"
+MOST = 2**63 - 1  # the largest whole number that is read back, of 64 bits as torch's are
 _REMEDY = "restore it or train again"
 PLOTS = ("adaptation.png", "training.png", "map.png", "episodes.png", "fits.png")
 # The config goes last: a directory half cleared is still known to hold a run.
@@ -39,7 +42,7 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     Raises:
         OSError: as ``files.atomic_write``.
     """
-    with atomic_write(path, shared=False) as file:
+    with atomic_write(path) as file:
         file.write(data)
 
 
@@ -88,7 +91,7 @@ def _finite(text: str) -> float:
 
 
 def _counted(text: str) -> int:
-    if not abs(value := int(text)) < 2**63:
+    if abs(value := int(text)) > MOST:
         raise ValueError(f"the number {text[:20]}... is out of range")
     return value
 
@@ -147,6 +150,13 @@ def clear(out: str | os.PathLike) -> None:
     check_free(out, overwrite=True)
     for name in _FILES:
         (Path(out) / name).unlink(missing_ok=True)
+
+
+def sweep(out: str | os.PathLike) -> None:
+    r"""Removes what killed writers left of a run's files; no other may be writing in ``out``."""
+    for name in (CHECKPOINT, RESULTS, HISTORY, CONFIG):  # pictures, another may be drawing
+        for path in leftovers(Path(out) / name):
+            path.unlink(missing_ok=True)
 
 
 def _is_run(out: str | os.PathLike) -> bool:

@@ -2,7 +2,6 @@ r"""Evaluation: a learner on tasks unseen in training, after each number of adap
 
 import dataclasses
 import os
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from mirror_opt.meta import MetaLearner
 from mirror_opt.runs import checkpoint, results
 from mirror_opt.runs.config import GUARDS, RunConfig, build
 from mirror_opt.runs.directory import CHECKPOINT, RESULTS, read_configs
-from mirror_opt.runs.options import option, pairs
+from mirror_opt.runs.lock import writing
+from mirror_opt.runs.options import option, pairs, resume_command
 
 __all__ = ["OVERRIDES", "evaluate", "evaluate_run", "load_run", "method_dirs"]
 
@@ -130,10 +130,9 @@ def method_dirs(out: str | os.PathLike) -> list[Path]:
     for method in methods:
         if not (out / method / CHECKPOINT).exists():
             what, command = (method, "compare") if method else ("the run", "train")
-            resume = shlex.join(["mirror-opt", command, "--out", str(out), "--resume"])
             raise InputError(
                 f"{out / method / CHECKPOINT}: no checkpoint there, {what} is not trained yet; "
-                f"go on with: {resume}"
+                f"go on with: {resume_command(command, out)}"
             )
     return [out / method for method in methods]
 
@@ -147,13 +146,18 @@ def evaluate_run(out: str | os.PathLike, given: dict[str, Any]) -> list[dict[str
 
     Returns:
         The new rows.
+
+    Raises:
+        InputError: no such run, one that cannot be evaluated so, or another is writing there.
+        OSError: ``out`` cannot be written.
     """
-    # What is damaged or does not fit shows before the work is done.
+    # What is damaged or does not fit shows before the work is done, and what cannot be written.
     loaded = [load_run(directory, given) for directory in method_dirs(out)]
-    results.stored(Path(out) / RESULTS)
-    new = []
-    for config, task, learner, state in loaded:
-        trace = evaluate(learner, task, config)
-        new += results.rows(config, task, trace, state["iteration"], state["seconds"])
-    results.merge(Path(out) / RESULTS, new)
+    with writing(out):
+        results.stored(Path(out) / RESULTS)
+        new = []
+        for config, task, learner, state in loaded:
+            trace = evaluate(learner, task, config)
+            new += results.rows(config, task, trace, state["iteration"], state["seconds"])
+        results.merge(Path(out) / RESULTS, new)
     return new

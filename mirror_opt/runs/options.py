@@ -1,6 +1,7 @@
 r"""Options as a person writes them: read into values, checked, and spelled in messages."""
 
 import inspect
+import shlex
 import types
 import typing
 from collections.abc import Callable, Collection
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from mirror_opt.errors import InputError
+from mirror_opt.runs.directory import MOST
 
 __all__ = [
     "READERS",
@@ -19,6 +21,7 @@ __all__ = [
     "fits",
     "option",
     "pairs",
+    "resume_command",
     "shown",
     "step_counts",
     "train_steps",
@@ -54,6 +57,25 @@ def counted(number: int | str, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def resume_command(command: str, out: Any, **more: Any) -> str:
+    r"""The command line that goes on with the run in ``out``, as a shell takes it.
+
+    Example:
+        >>> resume_command("train", "my runs/1"), resume_command("train", "-1")
+        ("mirror-opt train --out 'my runs/1' --resume", 'mirror-opt train --out=-1 --resume')
+    """
+    words = ["mirror-opt", command, *_passed("out", out), "--resume"]
+    for name, value in more.items():
+        words += _passed(name, value)
+    return shlex.join(words)
+
+
+def _passed(name: str, value: Any) -> list[str]:
+    # What starts with a dash would be taken for an option.
+    text = str(value)
+    return [f"{option(name)}={text}"] if text.startswith("-") else [option(name), text]
+
+
 def train_steps(value: Any) -> int | str:
     r"""The trained horizon: ``5``, or ``"1-5"`` for a random one; ``"5"`` and ``(1, 5)`` too.
 
@@ -70,7 +92,7 @@ def train_steps(value: Any) -> int | str:
         (high,) = rest or [low]
     except (ValueError, TypeError):
         low = high = 0
-    if not 1 <= low <= high:
+    if not 1 <= low <= high <= MOST:
         raise InputError(
             f"--train-steps {shown(value)}: pass a number of inner steps such as 5, "
             "or a range such as 1-5"
@@ -93,7 +115,7 @@ def step_counts(value: Any) -> tuple[int, ...]:
         steps = tuple(sorted({_whole(part) for part in parts}))
     except (ValueError, TypeError):
         steps = ()
-    if not steps or steps[0] < 0:
+    if not steps or steps[0] < 0 or steps[-1] > MOST:
         raise InputError(
             f"--adapt-steps {shown(value)}: pass step counts, comma-separated, such as 0,1,5,10"
         )

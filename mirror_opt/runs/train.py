@@ -40,6 +40,7 @@ from mirror_opt.runs.directory import (
     write_json,
 )
 from mirror_opt.runs.evaluate import evaluate
+from mirror_opt.runs.lock import writing
 from mirror_opt.runs.recovery import Recovery
 
 __all__ = ["check_data", "check_save_every", "decay", "horizon", "open_run", "prepare", "train"]
@@ -204,7 +205,8 @@ def train(
         The result rows, one per adaptation step.
 
     Raises:
-        InputError: data, options or a checkpoint that cannot be used.
+        InputError: data, options or a checkpoint that cannot be used, or another run is writing
+            in ``out``.
         OSError: ``out`` cannot be written.
         KeyboardInterrupt: after Ctrl-C, with the checkpoint saved.
     """
@@ -216,33 +218,10 @@ def train(
     )
     optimizer = torch.optim.Adam(groups, betas=_BETAS)
     training = _Training(config, task, learner, optimizer, Recovery(learner, optimizer), [])
-    if (out / CHECKPOINT).exists() and not overwrite:
-        results.stored(out / RESULTS)  # a damaged file shows before the work is done
-        if training.restore(out / CHECKPOINT).data_dir != config.data_dir:
-            write_json(out / CONFIG, config.to_dict())
-            training.save(out / CHECKPOINT)  # where the data is now, evaluating looks for it too
-    else:
-        clear(out)  # results without their checkpoint would pass for those of the new run
-        write_json(out / CONFIG, config.to_dict())
-    _loop(training, out / CHECKPOINT, save_every)
-    if training.skipped:
-        _log.warning(
-            "%s: %d of %d iterations were left out: not finite, or far from the usual; the rates "
-            "are at %.3g of those given",
-            config.label,
-            training.skipped,
-            config.iterations,
-            training.recovery.rate,
-        )
-    losses = [None if math.isnan(loss) else loss for loss in training.losses]
-    history = {"loss": losses, "skipped": training.skipped, "rate": training.recovery.rate}
-    write_json(out / HISTORY, history)
-    if found := results.find(out / RESULTS, config, task, split):
-        return found
-    trace = evaluate(learner, task, config, split=split)
-    found = results.rows(config, task, trace, config.iterations, training.seconds, split)
-    results.merge(out / RESULTS, found)
-    return found
+    with writing(out):
+        _begin(training, out, overwrite)
+        _loop(training, out / CHECKPOINT, save_every)
+        return _end(training, out, split)
 
 
 def prepare(config: RunConfig, download: bool = False) -> tuple[TaskFamily, MetaLearner]:
@@ -272,6 +251,19 @@ def check_save_every(seconds: float) -> None:
     r"""Raises InputError unless ``seconds`` can be a time between checkpoints."""
     if not seconds >= 0:  # NaN neither
         raise InputError(f"--save-every {seconds}: pass a number of seconds, at least 0")
+
+
+def _begin(training: _Training, out: Path, overwrite: bool) -> None:
+    r"""Goes on from the checkpoint in ``out``, or makes ``out`` that of a new run."""
+    config = training.config
+    if (out / CHECKPOINT).exists() and not overwrite:
+        results.stored(out / RESULTS)  # a damaged file shows before the work is done
+        if training.restore(out / CHECKPOINT).data_dir != config.data_dir:
+            write_json(out / CONFIG, config.to_dict())
+            training.save(out / CHECKPOINT)  # where the data is now, evaluating looks for it too
+    else:
+        clear(out)  # results without their checkpoint would pass for those of the new run
+        write_json(out / CONFIG, config.to_dict())
 
 
 def _loop(training: _Training, path: Path, save_every: float) -> None:
@@ -306,6 +298,29 @@ def _loop(training: _Training, path: Path, save_every: float) -> None:
                 training.save(path)
                 saved = tick = time.monotonic()
     training.save(path)
+
+
+def _end(training: _Training, out: Path, split: str) -> list[dict[str, Any]]:
+    r"""Writes the history, and the rows of the run unless they are there; returns them."""
+    config, task = training.config, training.task
+    if training.skipped:
+        _log.warning(
+            "%s: %d of %d iterations were left out: not finite, or far from the usual; the rates "
+            "are at %.3g of those given",
+            config.label,
+            training.skipped,
+            config.iterations,
+            training.recovery.rate,
+        )
+    losses = [None if math.isnan(loss) else loss for loss in training.losses]
+    history = {"loss": losses, "skipped": training.skipped, "rate": training.recovery.rate}
+    write_json(out / HISTORY, history)
+    if found := results.find(out / RESULTS, config, task, split):
+        return found
+    trace = evaluate(training.learner, task, config, split=split)
+    found = results.rows(config, task, trace, config.iterations, training.seconds, split)
+    results.merge(out / RESULTS, found)
+    return found
 
 
 @contextlib.contextmanager
