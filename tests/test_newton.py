@@ -278,37 +278,29 @@ def test_its_error_is_copied_and_pickled():
         assert str(again) == str(error)
 
 
-def test_a_step_that_lowers_the_function_is_taken_though_the_residual_grows():
-    # From 0 the full step to 0.85 lowers y^2 / 2 + y^10 - 0.85 y, and nearly trebles |f(y) - t|.
+def visited(a: float, target: float) -> list[float]:
+    """The points at which y + a y^9 = target was looked at, to the solution."""
     seen = []
 
     def f(y):
         seen.append(y.item())
-        return y + 10 * y**9
+        return y + a * y**9
 
     solution = solve_convex(
         f,
-        lambda y: lambda v: (1 + 90 * y**8) * v,
-        lambda y: (y**2 / 2 + y**10).sum(),
-        torch.tensor([0.85], dtype=torch.float64),
+        lambda y: lambda v: (1 + 9 * a * y**8) * v,
+        lambda y: (y**2 / 2 + a / 10 * y**10).sum(),
+        torch.tensor([target], dtype=torch.float64),
     )
     assert solution.status is Status.CONVERGED
+    return seen
+
+
+def test_a_step_that_lowers_the_function_is_taken_though_the_residual_grows():
+    # From 0 the full step to 0.85 lowers y^2 / 2 + y^10 - 0.85 y, and nearly trebles |f(y) - t|.
     second = 0.85 - 10 * 0.85**9 / (1 + 90 * 0.85**8)
-    assert seen[:3] == [0.0, 0.85, pytest.approx(second, rel=1e-9)]
+    assert visited(10.0, 0.85)[:3] == [0.0, 0.85, pytest.approx(second, rel=1e-9)]
 
 
 def test_a_step_is_shortened_as_often_as_it_has_to_be():
-    seen = []
-
-    def f(y):
-        seen.append(y.item())
-        return y + 1e3 * y**9
-
-    solution = solve_convex(
-        f,
-        lambda y: lambda v: (1 + 9e3 * y**8) * v,
-        lambda y: (y**2 / 2 + 100 * y**10).sum(),
-        torch.tensor([1e3], dtype=torch.float64),
-    )
-    assert solution.status is Status.CONVERGED
-    assert seen[1:4] == [1000.0, 500.0, 250.0]
+    assert visited(1e3, 1e3)[1:4] == [1000.0, 500.0, 250.0]
