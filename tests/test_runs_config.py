@@ -7,6 +7,7 @@ import pytest
 
 from mirror_opt.errors import InputError
 from mirror_opt.runs import RunConfig
+from mirror_opt.runs.directory import read_json, write_json
 
 CONFIGS = [
     RunConfig.create("sinusoid", map="separable", map_options="rho=0.5", train_steps="1-5"),
@@ -23,6 +24,13 @@ def refused(values):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_round_trip_through_json(config):
     assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict())), "here") == config
+
+
+def test_a_number_without_a_point_is_one(tmp_path):
+    given = {"map": "hypentropy", "map_options": f"beta={10**19}"}
+    config = RunConfig.create("sinusoid", device="cpu", **given)
+    write_json(tmp_path / "config.json", config.to_dict())
+    assert read_json(tmp_path / "config.json", dict)["map_options"] == {"beta": 1e19}
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(RunConfig)])

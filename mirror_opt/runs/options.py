@@ -259,7 +259,9 @@ def check_further(
                 f"pass {', '.join(accepted) or f'no {option(name)}'}"
             )
         check_type(f"{option(name)} {key}={value!r}", value, accepted[key].annotation)
-    return {key: p.default for key, p in accepted.items()} | given
+    # A number written without a point may be larger than a whole number can be.
+    numbers = {k: float(str(v)) for k, v in given.items() if accepted[k].annotation is float}
+    return {key: p.default for key, p in accepted.items()} | given | numbers
 
 
 READERS = {
