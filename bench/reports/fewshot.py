@@ -215,12 +215,13 @@ def draw_study(study: str) -> None:
     if not percent:
         axes.set_yscale("log")
     trained = counted(rows[0]["train_steps"], "step")
-    axes.set_title(f"{STUDIES[study].title}, trained at {trained}")
+    learned = ", rates learned" if rows[0].get("learn_lr") else ""
+    axes.set_title(f"{STUDIES[study].title}, trained at {trained}{learned}")
     figure.legend(frameon=False, loc="outside right upper")
     save(figure, study)
 
 
 @picture
 def draw_studies() -> None:
-    for study in ("sinusoid", "omniglot-5", "cifar-fs-1"):
+    for study in ("sinusoid", "sinusoid-rates", "omniglot-1to5", "omniglot-5", "cifar-fs-1"):
         draw_study(study)
