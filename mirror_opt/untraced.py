@@ -18,13 +18,15 @@ def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
     Loading it takes as long as the rest of torch, and needs a temporary directory to write in.
     """
-    disabled = functools.cache(lambda: torch.compiler.disable(function))
+    disabled: list[Callable[_P, _T]] = []
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
-        return disabled()(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
 
     call._torchdynamo_disable = True  # type: ignore[attr-defined]  # what the compiler looks for
     return call

@@ -199,6 +199,8 @@ def test_maps_of_empty_tensors_have_bounds(name, shapes):
         assert 0 < mirror_map.strong_convexity() <= mirror_map.smoothness() < math.inf
 
 
+# torch's own forward mode is scripted when it is first used.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_forward_mode_is_right_or_refused(name, options, direction):
