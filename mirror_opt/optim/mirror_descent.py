@@ -1,8 +1,8 @@
 """MirrorDescent: the optimizer around the update, with its state and its checkpoints."""
 
 import functools
-from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,21 +21,13 @@ from mirror_opt.optim.options import (
     check_decay,
     check_group,
     check_options,
-    keeps_dual,
 )
 from mirror_opt.optim.plan import Lists, Plan, attempt_each, failure
 from mirror_opt.optim.rounding import generators
-from mirror_opt.optim.sharded import (
-    Version,
-    agreed,
-    anywhere,
-    is_sharded,
-    meshes,
-    on_shards,
-    version,
-)
+from mirror_opt.optim.sharded import agreed, anywhere, is_sharded, meshes, on_shards
 from mirror_opt.optim.state import States
 from mirror_opt.optim.update import Update, all_finite, widened
+from mirror_opt.optim.written import Written
 from mirror_opt.untraced import untraced
 
 __all__ = ["MirrorDescent"]
@@ -171,7 +163,7 @@ class MirrorDescent(Optimizer):
             "nonfinite": nonfinite,
         }
         check_options(defaults)
-        self._written: dict[int, _Written] = {}  # of groups, by their id
+        self._written = Written()
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -246,7 +238,7 @@ class MirrorDescent(Optimizer):
             del self._states
         for lists in taken or []:
             if lists.duals:
-                self._written[id(lists.group)] = self._left_by(lists)
+                self._written.record(lists)
 
     def _take_step(self) -> list[Lists] | None:
         """Takes a step; what it read, or None where nothing but new state has changed."""
@@ -363,33 +355,12 @@ class MirrorDescent(Optimizer):
         if torch.compiler.is_compiling() or not hasattr(self, "_states"):
             States(self.state).init_group(Lists(*lists))
         else:
-            self._states.init_group(Lists(*lists), self._changed(lists[0]))
+            self._states.init_group(Lists(*lists), self._written.changed(lists[0]))
 
     def _collect(self, group: Group) -> Lists:
         lists = Lists(group, [], [], [], [], [], [], [])
         self._init_group(*lists)
         return lists
-
-    def _changed(self, group: Group) -> Collection[Tensor]:
-        """Parameters beside a dual state that do not hold what it has written there."""
-        seen = self._written.get(id(group))
-        if seen is None or not keeps_dual(group):
-            return ()
-        other_map = seen.mirror_map is not group["mirror_map"]
-        each = zip(group["params"], seen.params, seen.versions, strict=False)
-        return {p for p, q, left in each if p is q and (other_map or not version(p).follows(left))}
-
-    def _left_by(self, lists: Lists) -> "_Written":
-        """What this step has left, and for parameters without a gradient what an earlier step."""
-        params = list(lists.group["params"])
-        now = list(map(version, params))
-        seen = self._written.get(id(lists.group))
-        if seen is not None and len(lists.slots) < len(params):
-            stepped = set(lists.slots)
-            for i, (p, q, y) in enumerate(zip(params, seen.params, seen.versions, strict=False)):
-                if p is q and i not in stepped:
-                    now[i] = y
-        return _Written(params, now, lists.group["mirror_map"])
 
     def _plan(self, lists: Lists, grad_scale: Tensor | None) -> Plan:
         """A group's step before it is taken."""
@@ -478,7 +449,7 @@ class MirrorDescent(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called by pickle and deep copies with everything, by load_state_dict without defaults.
-        self._written = {}
+        self._written = Written()
         loading = "defaults" not in state
         defaults = self.defaults if loading else state["defaults"]
         defaults.setdefault("differentiable", False)
@@ -496,14 +467,6 @@ class MirrorDescent(Optimizer):
         if loading:
             adopt(self.param_groups, state["param_groups"], state["state"])
         super().__setstate__(state)
-
-
-class _Written(NamedTuple):
-    """What a step has left of a group that keeps its dual state: see ``sharded.version``."""
-
-    params: list[Tensor]
-    versions: list[Version]
-    mirror_map: MirrorMap
 
 
 def _drop_repeated(group: Group) -> None:

@@ -38,15 +38,14 @@ class Plan:
 
     def outcome(self) -> Tensors:
         """All that has to be finite for the step to be taken."""
+        # At a rate of zero parameters and duals stay as they are, also where they are yet to be
+        # loaded.
+        pairs = zip(self.new, self.old, strict=True)
+        params, buffers, duals = ([] if new is old else new for new, old in pairs)
         # A gradient that is not finite shows in the momentum and in a dual state that has moved;
         # elsewhere a map that saturates or a rate of zero could hide it.
-        moved = self.new.buffers or (self.new.duals and self.new.duals is not self.old.duals)
-        shown = [] if moved else self.grads
-        # At a rate of zero parameters stay as they are, also where they are yet to be loaded.
-        pairs = zip(self.new.params, self.old.params, strict=True)
-        params = [new for new, old in pairs if new is not old]
-        duals = self.new.duals if self.new.duals is not self.old.duals else []
-        return [*params, *self.new.buffers, *duals, *shown]
+        shown = [] if buffers or duals else self.grads
+        return [*params, *buffers, *duals, *shown]
 
 
 def attempt_each(function: Callable[[Any], Any], xs: list, failures: list[NewtonError]) -> list:

@@ -8,7 +8,7 @@ dimension, on its way into the map only, and each process keeps its shard of wha
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from mirror_opt.maps import MirrorMap
 
 __all__ = [
     "OnShards",
-    "Version",
     "agreed",
     "anywhere",
     "check_placements",
@@ -33,7 +32,6 @@ __all__ = [
     "on_shards",
     "placed_as",
     "shard_index",
-    "version",
     "whole",
 ]
 
@@ -80,30 +78,6 @@ def shard_index(p: Any) -> tuple[int, ...]:
         return ()
     at = p.device_mesh.get_coordinate()
     return tuple(i for i, placement in zip(at, p.placements, strict=True) if _is_cut(placement))
-
-
-class Version(NamedTuple):
-    """What tells that others have written to a parameter, or given it other memory."""
-
-    counts: tuple[int, ...]  # of writes in place that torch knows of: to the whole, to its shard
-    address: int
-    dtype: torch.dtype
-
-    def follows(self, other: "Version") -> bool:
-        """Whether nobody has written since the other; a conversion to another dtype is no write."""
-        if self.counts != other.counts:
-            return False
-        return self.address == other.address or self.dtype != other.dtype
-
-
-def version(p: Any) -> Version:
-    """The present version of a parameter."""
-    if p.is_inference():  # of which there is no count
-        return Version((), p.data_ptr(), p.dtype)
-    if type(p) in _PLAIN:
-        return Version((p._version,), p.data_ptr(), p.dtype)
-    shard = local(p)
-    return Version((p._version, shard._version), shard.data_ptr(), p.dtype)
 
 
 def gradient(p: Any) -> Tensor:

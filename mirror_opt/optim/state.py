@@ -112,6 +112,10 @@ class States:
                 if anchor is None:
                     anchor = p.to(state_dtype(p, group), copy=True)
                     self._set(p, "anchor", anchor)
+                    if keeps_dual(group):
+                        # The displacement is zero whatever the parameter holds: it may be memory
+                        # that a checkpoint is still to be loaded into.
+                        self._set(p, "dual", torch.zeros_like(anchor))
                 anchors.append(local(anchor))
         if keeps_dual(group):
             self._init_duals(lists, stale)
@@ -132,16 +136,6 @@ class States:
         if not missing:
             return
         _check_not_captured(whole[missing[0]])
-        # Where the anchor is new the displacement is zero, whatever the parameter holds: it may be
-        # memory that a checkpoint is still to be loaded into.
-        started = {p for p, key, _ in self._replaced if key == "anchor"}
-        for i in missing:
-            if whole[i] in started:
-                (zero,) = widened([torch.zeros_like(lists.params[i])])
-                self._set(whole[i], "dual", from_shard(zero, whole[i]))
-        missing = [i for i in missing if whole[i] not in started]
-        if not missing:
-            return
         xs = [self._unrounded(lists, i) for i in missing]
         if anchors:
             xs = [x - anchors[i] for x, i in zip(xs, missing, strict=True)]

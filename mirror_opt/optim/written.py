@@ -1,0 +1,70 @@
+"""Who has written to parameters beside a dual state: their optimizer, or others since."""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mirror_opt.maps import MirrorMap
+from mirror_opt.optim.options import Group, keeps_dual
+from mirror_opt.optim.plan import Lists
+from mirror_opt.optim.sharded import local
+
+__all__ = ["Written"]
+
+
+class Written:
+    """What steps have left of the groups that keep a dual state."""
+
+    def __init__(self) -> None:
+        self._left: dict[int, _Left] = {}  # of groups, by their id
+
+    def changed(self, group: Group) -> Collection[Tensor]:
+        """Parameters beside a dual state that do not hold what a step has written there."""
+        left = self._left.get(id(group))
+        if left is None or not keeps_dual(group):
+            return ()
+        other_map = left.mirror_map is not group["mirror_map"]
+        each = zip(group["params"], left.params, left.versions, strict=False)
+        return {p for p, q, then in each if p is q and (other_map or not _version(p).follows(then))}
+
+    def record(self, lists: Lists) -> None:
+        """Keeps what a step has left, and for parameters without a gradient what an earlier has."""
+        params = list(lists.group["params"])
+        now = list(map(_version, params))
+        left = self._left.get(id(lists.group))
+        if left is not None and len(lists.slots) < len(params):
+            stepped = set(lists.slots)
+            for i, (p, q, then) in enumerate(zip(params, left.params, left.versions, strict=False)):
+                if p is q and i not in stepped:
+                    now[i] = then
+        self._left[id(lists.group)] = _Left(params, now, lists.group["mirror_map"])
+
+
+class _Left(NamedTuple):
+    params: list[Tensor]
+    versions: list["_Version"]
+    mirror_map: MirrorMap
+
+
+class _Version(NamedTuple):
+    """What tells that others have written to a parameter, or given it other memory."""
+
+    counts: tuple[int, ...]  # of writes in place that torch knows of: to the whole, to its shard
+    address: int
+    dtype: torch.dtype
+
+    def follows(self, other: "_Version") -> bool:
+        """Whether nobody has written since the other; a conversion to another dtype is no write."""
+        if self.counts != other.counts:
+            return False
+        return self.address == other.address or self.dtype != other.dtype
+
+
+def _version(p: Any) -> _Version:
+    """The present version of a parameter."""
+    shard = local(p)
+    # Of an inference tensor there is no count.
+    counts = () if p.is_inference() else (p._version, shard._version)
+    return _Version(counts, shard.data_ptr(), p.dtype)
