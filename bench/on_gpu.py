@@ -5,7 +5,6 @@ Imported before anything that imports Triton, which decides then whether to inte
 
 import argparse
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ if "--dry-run" in sys.argv:
 
 import torch
 import triton
+from results import revision
 from steps import MODELS
 
 from mirror_opt.runs.results import versions
@@ -153,14 +153,12 @@ def clock_under(work: Callable[[], Any]) -> float:
 
 
 def provenance(device: str) -> dict[str, Any]:
-    revision = ""
-    if shutil.which("git"):
-        describe = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-        run = subprocess.run(describe, capture_output=True, text=True, check=False)
-        revision = run.stdout.strip()
+    try:
+        known = revision()
+    except (OSError, subprocess.CalledProcessError):  # no git, or a tree without its history
+        known = "unknown"
     return {
-        # A copy of the tree without its history says so.
-        "revision": revision or "unknown",
+        "revision": known,
         "driver": nvidia_smi("driver_version"),
         "triton": triton.__version__,
         **versions(device),
