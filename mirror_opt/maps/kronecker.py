@@ -26,16 +26,30 @@ class _Factors(nn.Module):
     ``invertible=False``: (I + A) Q, with A free and zero at the start, Q a fixed orthogonal matrix,
     random for R > 1 (so that the terms differ from the start) and I for R = 1.
     ``invertible=True`` (R = 1): (I + strictly lower)(strictly upper + diag e^p), I at the start.
+    ``normalized=True``: either is scaled to the Frobenius norm of I, the first with 3 A for A. A
+    factor then has a direction and no size, which is the gains'; the larger A, the less a step
+    turns it.
     """
 
     eye: Tensor
     q: Tensor
 
-    def __init__(self, like: Tensor, terms: int, n: int, invertible: bool, seeds: Sequence[int]):
+    # A step of A at the rates that suit gains and units turns a normalised factor too little.
+    PACE = 3.0
+
+    def __init__(
+        self,
+        like: Tensor,
+        terms: int,
+        n: int,
+        invertible: bool,
+        normalized: bool,
+        seeds: Sequence[int],
+    ):
         super().__init__()
         options: dict[str, Any] = {"dtype": at_least_float32(like.dtype), "device": like.device}
         shape = (len(seeds), terms, n, n)
-        self.invertible = invertible
+        self.invertible, self.normalized = invertible, normalized
         self.a = nn.Parameter(torch.zeros(shape, **options))
         eye = torch.eye(n, **options)
         self.register_buffer("eye", eye, persistent=False)
@@ -54,8 +68,16 @@ class _Factors(nn.Module):
     def forward(self) -> Tensor:
         if self.invertible:
             upper = self.a.triu(1) + torch.diag_embed(self.a.diagonal(dim1=-2, dim2=-1).exp())
-            return (self.eye + self.a.tril(-1)) @ upper
+            m = (self.eye + self.a.tril(-1)) @ upper
+            return self._sized(m) if self.normalized else m
+        if self.normalized:
+            return self._sized(self.eye + self.PACE * self.a) @ self.q
         return self.q + self.a @ self.q
+
+    @staticmethod
+    def _sized(m: Tensor) -> Tensor:
+        norm = torch.linalg.matrix_norm(m, keepdim=True).clamp(min=torch.finfo(m.dtype).tiny)
+        return m * (m.shape[-1] ** 0.5 / norm)
 
 
 class _Terms(NamedTuple):
@@ -99,6 +121,7 @@ class _Group(nn.Module):
         units: int,
         rho: float,
         sigma: str,
+        normalized: bool,
         seed: int,
     ):
         super().__init__()
@@ -108,7 +131,14 @@ class _Group(nn.Module):
         self.indices, self.shape, self.sizes = list(indices), like.shape, modes or like.shape
         invertible = terms == 1 and eps == 0
         self.factors = nn.ModuleList(
-            _Factors(like, self.terms, n, invertible, [seed + 1000 * i + mode for i in indices])
+            _Factors(
+                like,
+                self.terms,
+                n,
+                invertible,
+                normalized,
+                [seed + 1000 * i + mode for i in indices],
+            )
             for mode, n in enumerate(modes)
         )
         view = like.detach().reshape(self.sizes).expand(len(indices), self.terms, *self.sizes)
@@ -156,6 +186,8 @@ class KroneckerNeural(NeuralMap):
         parametrization: ``"dual"`` or ``"primal"``.
         rho: bound on the relative deviation of psi' from 1, in (0, 1).
         sigma: ``"algebraic"`` or ``"tanh"``.
+        normalized: keep every factor of M at the Frobenius norm of I. What is learned then depends
+            little on the rate that it is learned at.
         seed: of the fixed orthogonal matrices that tell the terms apart (R > 1).
 
     Raises:
@@ -176,6 +208,9 @@ class KroneckerNeural(NeuralMap):
         {"eps": 0.0, "parametrization": "primal"},
         {"terms": 2, "parametrization": "primal"},
         {"eps": 0.1, "units": 0},
+        {"normalized": True},
+        {"normalized": True, "eps": 0.0, "parametrization": "primal"},
+        {"normalized": True, "terms": 2},
     )
 
     def __init__(
@@ -188,10 +223,13 @@ class KroneckerNeural(NeuralMap):
         parametrization: str = "dual",
         rho: float = 0.9,
         sigma: str = "algebraic",
+        normalized: bool = False,
         seed: int = 0,
     ):
         params = list(params)
         super().__init__(params, parametrization, units, rho, sigma)
+        if not isinstance(normalized, bool):
+            raise InputError(f"Invalid {normalized=}: pass True or False")
         if not (is_integer(terms) and terms >= 1):
             raise InputError(f"Invalid {terms=}: pass an integer of at least 1")
         if not (is_number(eps) and 0 <= eps < 1):
@@ -206,7 +244,9 @@ class KroneckerNeural(NeuralMap):
         self.elementwise = terms == 1 and eps == 0  # then F = M^T S M has an elementwise solve
         self.inverse_is_batchable = self.inverse_is_closed or self.elementwise
         self.groups = nn.ModuleList(
-            _Group(indices, params[indices[0]], terms, self.eps, units, rho, sigma, seed)
+            _Group(
+                indices, params[indices[0]], terms, self.eps, units, rho, sigma, normalized, seed
+            )
             for indices in alike(params)
         )
 
