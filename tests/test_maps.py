@@ -263,6 +263,8 @@ def test_bounds_of_learned_maps_are_near_what_there_is(name, options):
             if not mirror_map.forward_is_closed:
                 values = 1 / values
             low, high = min(low, values.min().item()), max(high, values.max().item())
-    # Over a tensor with a rotation the bounds of the factors are multiplied.
-    assert low / 6 <= mirror_map.strong_convexity().item() <= low * (1 + 1e-9)
-    assert high * (1 - 1e-9) <= mirror_map.smoothness().item() <= 6 * high
+    # Over a tensor with a rotation the bounds of the factors are multiplied, and those of terms,
+    # which are reached in different directions, added.
+    slack = 6 * options.get("terms", 1)
+    assert low / slack <= mirror_map.strong_convexity().item() <= low * (1 + 1e-9)
+    assert high * (1 - 1e-9) <= mirror_map.smoothness().item() <= slack * high

@@ -18,7 +18,7 @@ def factors(mirror_map) -> list[torch.Tensor]:
 @pytest.mark.parametrize("options", SIZED, ids=str)
 def test_normalised_factors_keep_the_norm_of_the_identity(options):
     torch.manual_seed(0)
-    mirror_map = learned("kronecker", {**options, "normalized": True})
+    mirror_map = learned("kronecker", options)
     for m in factors(mirror_map):
         n = m.shape[-1]
         assert torch.allclose(torch.linalg.matrix_norm(m), m.new_tensor(n**0.5))
@@ -26,8 +26,8 @@ def test_normalised_factors_keep_the_norm_of_the_identity(options):
 
 def test_normalised_factors_are_free_ones_but_for_their_size():
     torch.manual_seed(0)
-    mirror_map = learned("kronecker", {"normalized": True, "terms": 2})
-    free = learned("kronecker", {"terms": 2})
+    mirror_map = learned("kronecker", {"terms": 2})
+    free = learned("kronecker", {"terms": 2, "normalized": False})
     state = mirror_map.state_dict()
     for name in [name for name in state if "factors" in name and name.endswith(".a")]:
         a = state[name]
@@ -55,7 +55,7 @@ def test_the_larger_a_is_the_less_a_step_turns_the_factor():
 
 
 def test_without_any_direction_the_identity_of_eps_is_left():
-    mirror_map = maps.KroneckerNeural([torch.zeros(3, 2)], normalized=True, eps=0.1)
+    mirror_map = maps.KroneckerNeural([torch.zeros(3, 2)], eps=0.1)
     with torch.no_grad():
         for own in mirror_map.groups[0].factors:
             own.PACE = 1.0  # with which I + A is exactly 0

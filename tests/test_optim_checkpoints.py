@@ -173,6 +173,20 @@ def test_checkpoint_from_before_maps_had_a_version():
     assert same(snapshot(other), snapshot(optimizer))
 
 
+def test_checkpoint_from_before_factors_were_normalised():
+    def made(**options):
+        p = torch.nn.Parameter(torch.zeros(3, 2))
+        return MirrorDescent([p], lr=0.1, mirror_map=maps.KroneckerNeural([p], **options))
+
+    saved = made(normalized=False).state_dict()
+    options = saved["param_groups"][0]["mirror_map"]["options"]
+    for key in [key for key in options if key.endswith("normalized")]:
+        del options[key]
+    with pytest.raises(InputError, match=r"normalized False, this group's has True"):
+        made().load_state_dict(saved)
+    made(normalized=False).load_state_dict(saved)
+
+
 def everything(optimizer):
     """All that loading may change, as text and copies."""
     packed = copy.deepcopy(optimizer.state_dict())

@@ -67,38 +67,40 @@ def study_table(study: str) -> str:
 
 
 def paired(study: str, rows: list[dict]) -> str:
-    """mirror against its rivals at the trained step, seed by seed: all see the same tasks."""
+    """Learned maps against their rivals at the trained step, seed by seed: on the same tasks."""
     percent = rows[0]["metric"] == "accuracy"
     steps = STUDIES[study].steps
-    mine, found = after(rows, "mirror", steps), []
-    for rival, beside, name in rivals(study):
-        theirs = after(beside or rows, rival, steps)
-        pairs = [(mean, theirs[seed]) for seed, mean in mine.items() if seed in theirs]
-        if len(pairs) < 2:
-            continue
-        values = [100 * (a - b) if percent else math.log(a / b) for a, b in pairs]
-        mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
-        if percent:
-            found.append(f"{mean:+.2f} ± {error:.2f} points against {name}")
-        else:
-            low, high = math.exp(mean - error), math.exp(mean + error)
-            found.append(f"{math.exp(mean):.2f} ({low:.2f} to {high:.2f}) times that of {name}")
-    if not found:
-        return ""
     what = "mean ± standard error" if percent else "geometric mean, and one standard error"
-    return (
-        f"`mirror` at the trained number of steps, paired over seeds ({what}): {'; '.join(found)}."
-    )
+    told = []
+    for variant in ("mirror", "mirror, free factors"):
+        mine, found = after(rows, variant, steps), []
+        for theirs, name in rivals(study, rows, variant):
+            pairs = [(mean, theirs[seed]) for seed, mean in mine.items() if seed in theirs]
+            if len(pairs) < 2:
+                continue
+            values = [100 * (a - b) if percent else math.log(a / b) for a, b in pairs]
+            mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+            if percent:
+                found.append(f"{mean:+.2f} ± {error:.2f} points against {name}")
+            else:
+                low, high = math.exp(mean - error), math.exp(mean + error)
+                found.append(f"{math.exp(mean):.2f} ({low:.2f} to {high:.2f}) times that of {name}")
+        if found:
+            told.append(f"`{variant}`: {'; '.join(found)}.")
+    if not told:
+        return ""
+    return f"At the trained number of steps, paired over seeds ({what}): {' '.join(told)}"
 
 
-def rivals(study: str) -> Iterator[tuple[str, list[dict], str]]:
-    """What mirror is held against: the variant, its rows where they are another study's, a name."""
-    for variant in ("meta-curvature", "mirror, psi linear"):
-        yield variant, [], variant
+def rivals(study: str, rows: list[dict], variant: str) -> Iterator[tuple[dict[int, float], str]]:
+    """What a variant is held against: the metric by seed, and a name for it."""
+    steps = STUDIES[study].steps
+    for rival in ("meta-curvature", f"{variant}, psi linear", f"{variant}, free factors"):
+        yield after(rows, rival, steps), f"`{rival}`"
     beside = STUDIES[study].beside
     if beside is not None:
-        for variant in ("meta-curvature", "mirror"):
-            yield variant, finals(beside), f"{variant} in the table of `{beside}`"
+        for rival in ("meta-curvature", variant):
+            yield after(finals(beside), rival, steps), f"`{rival}` in the table of `{beside}`"
 
 
 def after(rows: list[dict], variant: str, steps: int) -> dict[int, float]:

@@ -118,31 +118,22 @@ class _Group(nn.Module):
         like: Tensor,
         terms: int,
         eps: float,
-        units: int,
-        rho: float,
-        sigma: str,
         normalized: bool,
         seed: int,
+        **units: Any,
     ):
         super().__init__()
         modes = mode_sizes(like.shape)
         # Without modes to rotate all terms would be the same function.
         self.terms = terms if modes else 1
         self.indices, self.shape, self.sizes = list(indices), like.shape, modes or like.shape
-        invertible = terms == 1 and eps == 0
+        form = {"invertible": terms == 1 and eps == 0, "normalized": normalized}
         self.factors = nn.ModuleList(
-            _Factors(
-                like,
-                self.terms,
-                n,
-                invertible,
-                normalized,
-                [seed + 1000 * i + mode for i in indices],
-            )
+            _Factors(like, self.terms, n, **form, seeds=[seed + 1000 * i + mode for i in indices])
             for mode, n in enumerate(modes)
         )
         view = like.detach().reshape(self.sizes).expand(len(indices), self.terms, *self.sizes)
-        self.units = NeuralUnits(view, min(3, view.dim()), units, rho, sigma, terms=2)
+        self.units = NeuralUnits(view, min(3, view.dim()), **units, terms=2)
         self.weight = (1 - eps) / self.terms
 
     def forward(self) -> _Terms:
@@ -208,9 +199,8 @@ class KroneckerNeural(NeuralMap):
         {"eps": 0.0, "parametrization": "primal"},
         {"terms": 2, "parametrization": "primal"},
         {"eps": 0.1, "units": 0},
-        {"normalized": True},
-        {"normalized": True, "eps": 0.0, "parametrization": "primal"},
-        {"normalized": True, "terms": 2},
+        {"normalized": False},
+        {"normalized": False, "eps": 0.0},
     )
 
     def __init__(
@@ -223,7 +213,7 @@ class KroneckerNeural(NeuralMap):
         parametrization: str = "dual",
         rho: float = 0.9,
         sigma: str = "algebraic",
-        normalized: bool = False,
+        normalized: bool = True,
         seed: int = 0,
     ):
         params = list(params)
@@ -243,10 +233,9 @@ class KroneckerNeural(NeuralMap):
         self.terms, self.eps = terms, float(eps)
         self.elementwise = terms == 1 and eps == 0  # then F = M^T S M has an elementwise solve
         self.inverse_is_batchable = self.inverse_is_closed or self.elementwise
+        psi = {"units": units, "rho": rho, "sigma": sigma}
         self.groups = nn.ModuleList(
-            _Group(
-                indices, params[indices[0]], terms, self.eps, units, rho, sigma, normalized, seed
-            )
+            _Group(indices, params[indices[0]], terms, self.eps, normalized, seed, **psi)
             for indices in alike(params)
         )
 
