@@ -16,6 +16,7 @@ from reports import (  # noqa: F401  # they register
     defaults,
     fewshot,
     stability,
+    steadiness,
     step_cpu,
     training,
     validity,

@@ -28,8 +28,9 @@ def test_normalised_factors_are_free_ones_but_for_their_size():
     torch.manual_seed(0)
     mirror_map = learned("kronecker", {"terms": 2})
     free = learned("kronecker", {"terms": 2, "normalized": False})
-    state = mirror_map.state_dict()
-    for name in [name for name in state if "factors" in name and name.endswith(".a")]:
+    state = {name: torch.zeros_like(x) for name, x in free.state_dict().items()}
+    state |= mirror_map.state_dict()
+    for name in [name for name in mirror_map.state_dict() if "factors" in name and name.endswith(".a")]:
         a = state[name]
         eye = torch.eye(a.shape[-1], dtype=a.dtype)
         m = eye + _Factors.PACE * a
@@ -38,6 +39,19 @@ def test_normalised_factors_are_free_ones_but_for_their_size():
     free.load_state_dict(state)
     zeta = points(mirror_map)
     assert relative(mirror_map.inverse(zeta), free.inverse(zeta)) < 1e-12
+
+
+@pytest.mark.parametrize("options", SIZED, ids=str)
+def test_modes_of_one_entry_have_nothing_to_learn(options):
+    # Their gradients would be nothing but rounding, which Adam makes steps of.
+    mirror_map = maps.KroneckerNeural([torch.zeros(1, 5), torch.zeros(4, 1)], **options)
+    learns = [[f.a is not None for f in group.factors] for group in mirror_map.groups]
+    assert learns == [[False, True], [True, False]]
+    for p in mirror_map.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    zeta = [torch.randn(1, 5), torch.randn(4, 1)]
+    (sum(x.square().sum() for x in mirror_map.inverse(zeta))).backward()
+    assert all(p.grad.norm() > 1e-3 for p in mirror_map.parameters())
 
 
 def test_the_larger_a_is_the_less_a_step_turns_the_factor():

@@ -28,9 +28,10 @@ class _Factors(nn.Module):
     ``invertible=True`` (R = 1): (I + strictly lower)(strictly upper + diag e^p), I at the start.
     ``normalized=True``: either is scaled to the Frobenius norm of I, the first with 3 A for A. A
     factor then has a direction and no size, which is the gains'; the larger A, the less a step
-    turns it.
+    turns it. One of a single entry has nothing to learn.
     """
 
+    a: nn.Parameter | None
     eye: Tensor
     q: Tensor
 
@@ -50,15 +51,15 @@ class _Factors(nn.Module):
         options: dict[str, Any] = {"dtype": at_least_float32(like.dtype), "device": like.device}
         shape = (len(seeds), terms, n, n)
         self.invertible, self.normalized = invertible, normalized
-        self.a = nn.Parameter(torch.zeros(shape, **options))
+        fixed = normalized and n == 1
+        self.register_parameter("a", None if fixed else nn.Parameter(torch.zeros(shape, **options)))
         eye = torch.eye(n, **options)
         self.register_buffer("eye", eye, persistent=False)
-        if not invertible:
-            q = eye.expand(shape).clone()
-            if terms > 1:
-                normal = [self._normal(shape[1:], seed) for seed in seeds]
-                q = torch.linalg.qr(torch.stack(normal)).Q.to(**options)
-            self.register_buffer("q", q)
+        q = eye.expand(shape).clone()
+        if terms > 1:
+            normal = [self._normal(shape[1:], seed) for seed in seeds]
+            q = torch.linalg.qr(torch.stack(normal)).Q.to(**options)
+        self.register_buffer("q", q, persistent=not invertible)
 
     @staticmethod
     def _normal(shape: Sequence[int], seed: int) -> Tensor:
@@ -66,6 +67,8 @@ class _Factors(nn.Module):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     def forward(self) -> Tensor:
+        if self.a is None:
+            return self.q
         if self.invertible:
             upper = self.a.triu(1) + torch.diag_embed(self.a.diagonal(dim1=-2, dim2=-1).exp())
             m = (self.eye + self.a.tril(-1)) @ upper
@@ -177,8 +180,8 @@ class KroneckerNeural(NeuralMap):
         parametrization: ``"dual"`` or ``"primal"``.
         rho: bound on the relative deviation of psi' from 1, in (0, 1).
         sigma: ``"algebraic"`` or ``"tanh"``.
-        normalized: keep every factor of M at the Frobenius norm of I. What is learned then depends
-            little on the rate that it is learned at.
+        normalized: keep every factor of M at the Frobenius norm of I, so that it has a direction
+            and the gain a size. What is learned then depends less on the rate of the outer loop.
         seed: of the fixed orthogonal matrices that tell the terms apart (R > 1).
 
     Raises:

@@ -1,0 +1,41 @@
+"""How much the rate that a map is learned at matters to what is learned, on Omniglot."""
+
+import statistics
+
+from fewshot import searched
+from results import read_rows
+
+from reports.frame import PENDING, part, table
+
+STUDIES = ("omniglot-1", "omniglot-5", "omniglot-1to5")
+VARIANTS = ("meta-curvature", "mirror, free factors", "mirror")
+INIT = 3e-3  # the rate of the init, which every study has searched
+RATES = (1e-3, 3e-3, 1e-2)  # of the map
+
+
+def line(study: str, variant: str) -> list[str] | None:
+    """The accuracy in % at each of the rates, and by how much rates and seeds move it.
+
+    Means over the seeds that all the rates were run with; None where one was not run.
+    """
+    if not any(row["variant"] == variant for row in read_rows(f"fewshot-{study}")):
+        return None
+    found = searched(study, variant)
+    if any((INIT, rate) not in found for rate in RATES):
+        return None
+    runs = [found[INIT, rate] for rate in RATES]
+    seeds = set.intersection(*map(set, runs))
+    means = [-100 * statistics.mean(run[seed] for seed in seeds) for run in runs]
+    over_rates = f"{max(means) - min(means):.1f}"
+    over_seeds = f"{100 * max(max(run.values()) - min(run.values()) for run in runs):.1f}"
+    cells = [*(f"{mean:.1f}" for mean in means), over_rates, over_seeds * (len(seeds) > 1)]
+    return [f"`{study}`", variant, *cells, str(len(seeds))]
+
+
+@part("steadiness")
+def steadiness() -> str:
+    lines = [found for s in STUDIES for v in VARIANTS if (found := line(s, v)) is not None]
+    if not lines:
+        return PENDING
+    head = ["study", "method", *[f"map rate {rate:g}" for rate in RATES]]
+    return table([*head, "over rates", "over seeds, at most", "seeds"], lines)
