@@ -30,7 +30,9 @@ def test_normalised_factors_are_free_ones_but_for_their_size():
     free = learned("kronecker", {"terms": 2, "normalized": False})
     state = {name: torch.zeros_like(x) for name, x in free.state_dict().items()}
     state |= mirror_map.state_dict()
-    for name in [name for name in mirror_map.state_dict() if "factors" in name and name.endswith(".a")]:
+    for name, _ in mirror_map.named_parameters():
+        if "factors" not in name:
+            continue
         a = state[name]
         eye = torch.eye(a.shape[-1], dtype=a.dtype)
         m = eye + _Factors.PACE * a
