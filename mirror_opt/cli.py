@@ -20,7 +20,7 @@ from mirror_opt.errors import InputError
 from mirror_opt.fewshot.cache import cache_dir
 from mirror_opt.runs import plots, results
 from mirror_opt.runs.compare import METHODS, compare, open_comparison
-from mirror_opt.runs.config import GUARDS
+from mirror_opt.runs.config import GUARDS, stated_default
 from mirror_opt.runs.directory import CONFIG
 from mirror_opt.runs.evaluate import evaluate_run
 from mirror_opt.runs.options import resume_command
@@ -324,12 +324,16 @@ def _training_options(sub: argparse.ArgumentParser) -> None:
     add = sub.add_argument
     add("--map", help="the mirror map of method mirror (default: kronecker; see: maps)")
     add("--map-options", help="options of the map as name=value,..., such as terms=4,units=4")
-    add("--iterations", type=int, help="meta-iterations")
-    add("--tasks-per-batch", type=int, help="tasks per meta-iteration")
-    add("--train-steps", help="inner steps trained through: 5, or 1-5 for a random number")
-    add("--lr", type=float, help="inner step size alpha (defaults of rates: by method and task)")
-    add("--init-lr", type=float, help="outer rate of the initialisation")
-    add("--map-lr", type=float, help="outer rate of the map's parameters")
+    stated = _adder(sub, trained=False)
+    stated("--iterations", stated_default("iterations"), "meta-iterations", type=int)
+    per_batch = stated_default("tasks_per_batch")
+    stated("--tasks-per-batch", per_batch, "tasks per meta-iteration", type=int)
+    steps = "inner steps trained through: 5, or 1-5 for a random number"
+    stated("--train-steps", stated_default("train_steps"), steps)
+    rate = "by method and task"
+    stated("--lr", rate, "inner step size alpha", type=float)
+    stated("--init-lr", rate, "outer rate of the initialisation", type=float)
+    stated("--map-lr", rate, "outer rate of the map's parameters", type=float)
     add("--learn-lr", action="store_true", help="learn a rate for each inner step, from --lr on")
     add("--rate-lr", type=float, help="outer rate of the inner rates, with --learn-lr")
     add("--seed", type=int, help="decides initialisation and tasks (default: 0)")
@@ -346,10 +350,11 @@ def _training_options(sub: argparse.ArgumentParser) -> None:
 def _task_options(sub: argparse.ArgumentParser, trained: bool = False) -> None:
     add = _adder(sub, trained)
     add("--task", "", ", ".join(fewshot.TASKS))
-    add("--ways", "5", "classes per task", type=int)
-    add("--shots", "1; sinusoid: 10 points", "support examples per class", type=int)
-    add("--queries", "15; sinusoid: 10 points", "query examples per class", type=int)
-    add("--filters", "32", "filters of the Conv4 network", type=int)
+    add("--ways", stated_default("ways"), "classes per task", type=int)
+    shots, queries = stated_default("shots"), stated_default("queries")
+    add("--shots", shots, "support examples per class, or points of a curve", type=int)
+    add("--queries", queries, "query examples per class, or points of a curve", type=int)
+    add("--filters", stated_default("filters"), "filters of the Conv4 network", type=int)
     add("--data-dir", "MIRROR_OPT_DATA", "the data of omniglot or folder")
     add("--task-options", "", "further options of the task, such as split=background")
 
@@ -357,7 +362,7 @@ def _task_options(sub: argparse.ArgumentParser, trained: bool = False) -> None:
 def _evaluation_options(sub: argparse.ArgumentParser, trained: bool = False) -> None:
     add = _adder(sub, trained)
     add("--adapt-steps", "0,1,2,3,5,10", "step counts to evaluate after")
-    add("--test-tasks", "600; sinusoid: 500", "new tasks to evaluate on", type=int)
+    add("--test-tasks", stated_default("test_tasks"), "new tasks to evaluate on", type=int)
     guards = ", ".join(GUARDS)
     add("--guard", "auto", f"step-size safeguard: {guards}; auto: past the trained steps")
     add("--threads", "torch's", "CPU threads; 1 for shared cores", type=int)

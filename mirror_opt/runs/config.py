@@ -20,7 +20,7 @@ from mirror_opt.runs import options
 from mirror_opt.runs.directory import MOST
 from mirror_opt.runs.options import READERS, check_further, check_type, option, shown
 
-__all__ = ["GUARDS", "RunConfig", "build"]
+__all__ = ["GUARDS", "RunConfig", "build", "stated_default"]
 
 GUARDS: dict[str, str | bool] = {"auto": "auto", "on": True, "off": False}
 
@@ -57,6 +57,17 @@ _SINUSOID = {
     "train_steps": 5,
     "test_tasks": 500,
 }
+
+
+def stated_default(name: str) -> str:
+    r"""The default of an option as help states it, that of sinusoid where it is another.
+
+    Example:
+        >>> stated_default("iterations"), stated_default("ways")
+        ('1000; sinusoid: 3000', '5')
+    """
+    images, sinusoid = _IMAGES[name], _SINUSOID[name]
+    return f"{images}" + f"; sinusoid: {sinusoid}" * (sinusoid not in (None, images))
 
 
 @dataclass(frozen=True)
