@@ -52,7 +52,7 @@ def make_task(
 
     An argument that is None, and ``download=False``, leave the family's own default.
 
-    Arguments:
+    Args:
         name: ``"sinusoid"``, ``"glyphs"``, ``"omniglot"`` or ``"folder"``.
         ways: The number of classes in a task.
         shots: The number of support examples, of each class where there are classes.

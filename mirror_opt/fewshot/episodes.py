@@ -65,7 +65,7 @@ class TaskFamily(ABC):
     ``fingerprint`` names the data that tasks are drawn from, wherever it lies; None for families
     that read none.
 
-    Arguments:
+    Args:
         ways: The number of classes in a task; None for regression.
         shots: The number of support examples, of each class where there are classes.
         queries: The number of query examples, of each class where there are classes.
@@ -103,7 +103,7 @@ class TaskFamily(ABC):
         A pure function of the seed and its arguments: the same call gives the same bits, a
         larger ``tasks`` only appends, and batches of different ``index`` are independent.
 
-        Arguments:
+        Args:
             split: ``"train"``, ``"val"`` or ``"test"``.
             index: Which batch, from 0.
             tasks: How many tasks, at least 1.
@@ -162,7 +162,7 @@ class ImageTasks(TaskFamily):
     r"""Few-shot classification: ``ways`` classes drawn without replacement from a split, and
     ``shots + queries`` different images of each. Inputs are in ``[0, 1]``.
 
-    Arguments:
+    Args:
         sets: The images of each split; a split that is left out cannot be sampled.
         rotations: Whether each class turned by 90, 180 and 270 degrees is a class of its own.
 

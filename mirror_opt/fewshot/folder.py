@@ -35,7 +35,7 @@ class ImageFolder(ImageTasks):
     Train and test are needed, validation only where it is sampled. What else lies in the folder
     is not looked at. Images are resized to ``image_size`` and decoded once, into the cache.
 
-    Arguments:
+    Args:
         ways: The number of classes in a task.
         shots: The number of support images of each class.
         queries: The number of query images of each class.

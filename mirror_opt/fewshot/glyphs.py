@@ -63,7 +63,7 @@ class Glyphs(ImageTasks):
     pillow, whose versions differ by a grey level in a pixel here and there; so the version is
     part of the name of the cached file.
 
-    Arguments:
+    Args:
         ways: The number of classes in a task.
         shots: The number of support examples of each class.
         queries: The number of query examples of each class.

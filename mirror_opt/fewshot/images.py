@@ -59,7 +59,7 @@ def list_images(
     member have one name, the file is meant. Files that are hidden or have no suffix of an image
     are passed over.
 
-    Arguments:
+    Args:
         root: The folder.
         tops: With what a name may start: whatever else lies in ``root`` is not looked at.
             Default: anything.
@@ -100,7 +100,7 @@ def read_images(
     r"""The pixels of ``files``, ``(len(files), channels, size, size)`` uint8, mapped read-only
     from the cache, into which they are decoded once.
 
-    Arguments:
+    Args:
         files: The images.
         size: The side to which every image is resized (Lanczos), whatever its proportions.
         channels: 1 for grey or 3 for colour. Pixels of 16 bits are scaled to 8, and transparent

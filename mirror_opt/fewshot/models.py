@@ -14,7 +14,7 @@ class MLP(nn.Module):
     r"""A multilayer perceptron with ReLU; 1-40-40-1 as it stands, the sinusoid network of MAML
     (Finn et al. 2017, https://arxiv.org/abs/1703.03400, section 5.1).
 
-    Arguments:
+    Args:
         inputs: The number of input features.
         outputs: The number of outputs.
         hidden: The widths of the hidden layers.
@@ -51,7 +51,7 @@ class Conv4(nn.Module):
     Batch norm uses the statistics of the batch it is given, in training and in evaluation, and
     keeps no running ones: a task's images are normalised by that task alone.
 
-    Arguments:
+    Args:
         input_shape: ``(channels, height, width)`` of an image, at least 16 x 16, since each
             block halves it.
         outputs: The number of classes.

@@ -44,7 +44,7 @@ class Omniglot(ImageTasks):
     ``validation`` characters, the last in that order, are taken out of the training part. None
     by default: a search of hyperparameters needs some, a final run trains on all.
 
-    Arguments:
+    Args:
         ways: The number of classes in a task.
         shots: The number of support drawings of each class.
         queries: The number of query drawings of each class.
@@ -136,7 +136,7 @@ def download(
 
     A file appears in ``folder`` only when it has arrived whole and its MD5 sum is right.
 
-    Arguments:
+    Args:
         folder: Where the files go; made if it is not there.
         source: The address of the folder that has them; default: ``SOURCE``, the official one.
         checksums: The MD5 sum of each file; default: ``CHECKSUMS``.

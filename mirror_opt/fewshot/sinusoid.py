@@ -21,7 +21,7 @@ class Sinusoid(TaskFamily):
 
     The splits are independent draws from this one distribution.
 
-    Arguments:
+    Args:
         shots: The number of support points.
         queries: The number of query points.
         seed: Chooses the stream of tasks.
