@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mirror_opt.backends.layout import Rows, contiguous, write_back
-from mirror_opt.backends.library import load
+from mirror_opt.backends.layout import Rows, contiguous, unserved, write_back
+from mirror_opt.backends.library import MAX_UNITS, load
 
 __all__ = [
     "DEVICES",
@@ -26,7 +26,6 @@ __all__ = [
 
 DEVICES = ("cpu",)
 
-_MAX_UNITS = 64  # kMaxUnits
 _CHANGED = (0, 6, 8)  # of the lists of step_: parameters, momentum, dual state
 _DTYPES = (torch.float32, torch.float64)
 # Operators that compute in float32 what is stored in less.
@@ -47,14 +46,7 @@ def refusal(operator: str, x: Tensor, units: int, sigma: str) -> str | None:
     """Why these operands are not served; None if they are."""
     if not x.is_cpu:
         return f"it runs on the CPU and got a tensor on {x.device}"
-    dtypes = _STORED.get(operator, _DTYPES)
-    if x.dtype not in dtypes:
-        return f"it takes {', '.join(map(str, dtypes))} and got {x.dtype}"
-    if sigma != "algebraic":
-        return f"it has sigma='algebraic' only and got {sigma!r}"
-    if units > _MAX_UNITS:
-        return f"it takes up to {_MAX_UNITS} units and got {units}"
-    return None
+    return unserved(x, _STORED.get(operator, _DTYPES), sigma, units, MAX_UNITS)
 
 
 def _on_cpu(value: Any, dtype: torch.dtype) -> Tensor:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mirror_opt.backends.layout import contiguous, write_back
-from mirror_opt.backends.library import load
+from mirror_opt.backends.layout import contiguous, unserved, write_back
+from mirror_opt.backends.library import MAX_UNITS, load
 from mirror_opt.backends.plain import backward, exceeds, forward, inverse, rotated, step
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
 
 DEVICES = ("cuda",)
 
-_MAX_UNITS = 64  # kMaxUnits
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CHANGED = (0, 6, 8)  # of the lists of step_: parameters, momentum, dual state
 
@@ -48,13 +47,7 @@ def refusal(operator: str, x: Tensor, units: int, sigma: str) -> str | None:
         return f"it runs on CUDA devices and got a tensor on {x.device}"
     if operator != "step_":
         return None
-    if x.dtype not in _DTYPES:
-        return f"it takes {', '.join(map(str, _DTYPES))} and got {x.dtype}"
-    if sigma != "algebraic":
-        return f"it has sigma='algebraic' only and got {sigma!r}"
-    if units > _MAX_UNITS:
-        return f"it takes up to {_MAX_UNITS} units and got {units}"
-    return None
+    return unserved(x, _DTYPES, sigma, units, MAX_UNITS)
 
 
 def step_(

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["Rows", "contiguous", "write_back"]
+__all__ = ["Rows", "contiguous", "unserved", "write_back"]
 
 
 class _Layout(NamedTuple):
@@ -98,6 +99,19 @@ class Rows:
             rest = [1] * (len(self._shape) - lead)
             return x.view(len(x), *self._shape[:lead], *rest).sum_to_size(self._units_shape)
         return x.view(self._units_shape)
+
+
+def unserved(
+    x: Tensor, dtypes: Sequence[torch.dtype], sigma: str, units: int = 0, most: int = 0
+) -> str | None:
+    """Why kernels of these dtypes, the algebraic sigma and at most so many units do not serve."""
+    if x.dtype not in dtypes:
+        return f"it takes {', '.join(map(str, dtypes))} and got {x.dtype}"
+    if sigma != "algebraic":
+        return f"it has sigma='algebraic' only and got {sigma!r}"
+    if units > most:
+        return f"it takes up to {most} units and got {units}"
+    return None
 
 
 def contiguous(xs: Sequence[Tensor]) -> Sequence[Tensor]:

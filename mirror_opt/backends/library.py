@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["load"]
+__all__ = ["MAX_UNITS", "load"]
+
+MAX_UNITS = 64  # kMaxUnits
 
 _FOLDER = Path(__file__).parents[1] / "lib"
 

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mirror_opt.backends.layout import Rows, contiguous
+from mirror_opt.backends.layout import Rows, contiguous, unserved
 from mirror_opt.backends.plain import exceeds
 
 __all__ = [
@@ -51,11 +51,7 @@ def refusal(operator: str, x: Tensor, units: int, sigma: str) -> str | None:
     if operator == "exceeds":
         return None
     dtypes = (torch.float32, *((torch.float16, torch.bfloat16) if operator == "step_" else ()))
-    if x.dtype not in dtypes:
-        return f"it takes {', '.join(map(str, dtypes))} and got {x.dtype}"
-    if sigma != "algebraic":
-        return f"it has sigma='algebraic' only and got {sigma!r}"
-    return None
+    return unserved(x, dtypes, sigma)
 
 
 def forward(u: Tensor, gain: Tensor, w: Tensor, s: Tensor, c: Tensor, sigma: str) -> Tensor:
