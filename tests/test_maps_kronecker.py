@@ -6,7 +6,7 @@ from maps_cases import SHAPES, learned, points, relative
 
 from mirror_opt import maps
 from mirror_opt.errors import InputError
-from mirror_opt.maps.kronecker import _Factors
+from mirror_opt.maps.kronecker import _PACE, _Factors
 
 SIZED = [{}, {"terms": 3}, {"eps": 0.0}, {"eps": 0.0, "parametrization": "primal"}]
 
@@ -30,14 +30,13 @@ def test_normalised_factors_are_free_ones_but_for_their_size():
     free = learned("kronecker", {"terms": 2, "normalized": False})
     state = {name: torch.zeros_like(x) for name, x in free.state_dict().items()}
     state |= mirror_map.state_dict()
-    for name, _ in mirror_map.named_parameters():
-        if "factors" not in name:
-            continue
-        a = state[name]
-        eye = torch.eye(a.shape[-1], dtype=a.dtype)
-        m = eye + _Factors.PACE * a
-        norm = m.square().sum((-2, -1), keepdim=True).sqrt()
-        state[name] = m * (len(eye) ** 0.5 / norm) - eye
+    for name, p in mirror_map.named_parameters():
+        if "factors" in name:
+            eye = torch.eye(p.shape[-1], dtype=p.dtype)
+            m = eye + _PACE * p
+            state[name] = m * (len(eye) / m.square().sum((-2, -1), keepdim=True)).sqrt() - eye
+        elif name.endswith((".a", ".gain")):
+            state[name] = _PACE * p
     free.load_state_dict(state)
     zeta = points(mirror_map)
     assert relative(mirror_map.inverse(zeta), free.inverse(zeta)) < 1e-12
@@ -74,8 +73,8 @@ def test_without_any_direction_the_identity_of_eps_is_left():
     mirror_map = maps.KroneckerNeural([torch.zeros(3, 2)], eps=0.1)
     with torch.no_grad():
         for own in mirror_map.groups[0].factors:
-            own.PACE = 1.0  # with which I + A is exactly 0
-            own.a.copy_(-torch.eye(own.a.shape[-1]))
+            own.a.copy_(-torch.eye(own.a.shape[-1]) / _PACE)
+            assert not own().any()
     zeta = torch.randn(3, 2)
     (delta,) = mirror_map.inverse([zeta])
     assert torch.allclose(delta, 0.1 * zeta)

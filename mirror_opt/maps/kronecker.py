@@ -20,6 +20,11 @@ from mirror_opt.untraced import untraced
 __all__ = ["KroneckerNeural"]
 
 
+# A step of normalised factors and of gains, in the steps that suit psi: a free factor's size counts
+# twice for every mode, M^T S(M u), so that learning it was faster than learning a gain.
+_PACE = 3.0
+
+
 class _Factors(nn.Module):
     """The square factors ``(G, R, n, n)`` of one mode for R terms of G tensors.
 
@@ -34,9 +39,6 @@ class _Factors(nn.Module):
     a: nn.Parameter | None
     eye: Tensor
     q: Tensor
-
-    # A step of A at the rates that suit gains and units turns a normalised factor too little.
-    PACE = 3.0
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class _Factors(nn.Module):
             m = (self.eye + self.a.tril(-1)) @ upper
             return self._sized(m) if self.normalized else m
         if self.normalized:
-            return self._sized(self.eye + self.PACE * self.a) @ self.q
+            return self._sized(self.eye + _PACE * self.a) @ self.q
         return self.q + self.a @ self.q
 
     @staticmethod
@@ -135,8 +137,9 @@ class _Group(nn.Module):
             _Factors(like, self.terms, n, **form, seeds=[seed + 1000 * i + mode for i in indices])
             for mode, n in enumerate(modes)
         )
+        pace = _PACE if normalized else 1.0
         view = like.detach().reshape(self.sizes).expand(len(indices), self.terms, *self.sizes)
-        self.units = NeuralUnits(view, min(3, view.dim()), **units, terms=2)
+        self.units = NeuralUnits(view, min(3, view.dim()), **units, terms=2, pace=pace)
         self.weight = (1 - eps) / self.terms
 
     def forward(self) -> _Terms:

@@ -61,11 +61,11 @@ class NeuralUnits(nn.Module):
 
     With v = u / unit, where ``unit`` is the calibrated rms of u,
 
-        S(u) = e^(gain + a) unit [v + sum_k w_k (sigma(s_k (v - c_k)) - sigma(-s_k c_k))],
+        S(u) = e^(pace (gain + a)) unit [v + sum_k w_k (sigma(s_k (v - c_k)) - sigma(-s_k c_k))],
         s_k = e^(log_s_k),   w_k = (rho / K) tanh(p_k) / s_k.
 
-    So \|w_k s_k\| < rho / K, and the slope stays within e^(gain + a) (1 - rho, 1 + rho) whatever is
-    learned. gain, a and p start at 0, which makes S the identity.
+    So \|w_k s_k\| < rho / K, and the slope stays within (1 - rho, 1 + rho) times the gain,
+    e^(pace (gain + a)), whatever is learned. gain, a and p start at 0, which makes S the identity.
 
     Args:
         like: the tensor; gives dtype, device and the shape of ``a``.
@@ -74,12 +74,20 @@ class NeuralUnits(nn.Module):
         rho: bound on the relative deviation of the slope, in (0, 1).
         sigma: a key of ``reference.SIGMAS``.
         terms: leading dimensions of ``like`` along which ``gain`` varies.
+        pace: what a step of gain and a counts, in the steps of the others.
     """
 
     unit: Tensor
 
     def __init__(
-        self, like: Tensor, shared: int, units: int, rho: float, sigma: str, terms: int = 0
+        self,
+        like: Tensor,
+        shared: int,
+        units: int,
+        rho: float,
+        sigma: str,
+        terms: int = 0,
+        pace: float = 1.0,
     ):
         super().__init__()
         rest = [1] * (like.dim() - shared)
@@ -87,7 +95,7 @@ class NeuralUnits(nn.Module):
         options: dict[str, Any] = {"dtype": at_least_float32(like.dtype), "device": like.device}
         centres = torch.linspace(-1, 1, units) if units > 1 else torch.zeros(units)
         gains = (*like.shape[:terms], *[1] * (like.dim() - terms))
-        self.rho, self.sigma = rho, sigma
+        self.rho, self.sigma, self.pace = rho, sigma, pace
         self.gain = nn.Parameter(torch.zeros(gains, **options))
         self.a = nn.Parameter(torch.zeros(like.shape, **options))
         self.p = nn.Parameter(torch.zeros(units, *shape, **options))
@@ -101,7 +109,8 @@ class NeuralUnits(nn.Module):
         s, unit = self.log_s.exp(), self.unit
         amplitude = self.rho / max(len(s), 1) * torch.tanh(self.p)
         units = Units(amplitude / s * unit, s / unit, self.c * unit)
-        return Separable((self.gain + self.a).exp(), units, self.sigma)
+        gain = (self.pace * (self.gain + self.a)).exp()
+        return Separable(gain, units, self.sigma)
 
     @torch.no_grad()
     def calibrate(self, samples: Sequence[Tensor], where: Any = ...) -> None:

@@ -26,6 +26,8 @@ State = dict[Any, dict[str, Any]]
 # Of maps as they are packed, and of the state beside them. What has no number is of version 1.
 # It lies with the map, since torch.distributed.checkpoint keeps groups and state and no more.
 _VERSION = 1
+# What maps did before they had an option whose default is something else.
+_AT_FIRST: dict[str, Any] = {"normalized": False, "pace": 1.0}
 _ADVICE = "load what MirrorDescent.state_dict() gave"
 
 
@@ -158,7 +160,8 @@ def _check_same(mirror_map: MirrorMap, saved: Any) -> None:
     # torch.distributed.checkpoint drops what is empty.
     found = {**{key: {} for key in ("options", "state") if not mine[key]}, **saved}
     options = checked(found.get("options"), "options of the mirror_map", dict)
-    options = {**_before(mine["options"]), **options}
+    last = {key: key.rpartition(".")[2] for key in mine["options"]}
+    options = {key: _AT_FIRST[n] for key, n in last.items() if n in _AT_FIRST} | options
     # Options that only one side knows were added or dropped between two versions of the map.
     for key in options.keys() & mine["options"].keys():
         theirs = checked(options[key], f"option {key} of the mirror_map", int, float, str)
@@ -169,11 +172,6 @@ def _check_same(mirror_map: MirrorMap, saved: Any) -> None:
         _check_equal(name, f"{key} of shape", theirs.get(key), ours.get(key))
     for key, value in state.items():
         _check_numbers(value, f"{key} of the mirror_map")
-
-
-def _before(options: dict[str, Any]) -> dict[str, Any]:
-    """What the map did before it had some of its options, whose default is something else."""
-    return {key: False for key in options if key.rpartition(".")[2] == "normalized"}
 
 
 def _check_equal(name: str, what: str, theirs: Any, mine: Any) -> None:
