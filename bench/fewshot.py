@@ -49,19 +49,17 @@ class Study:
         return int(str(self.setting["train_steps"]).rpartition("-")[2])
 
 
-_FREE = {"normalized": False}
 VARIANTS: dict[str, dict[str, Any]] = {
     "maml": {"method": "maml"},
     "meta-sgd": {"method": "meta-sgd"},
     "meta-curvature": {"method": "meta-curvature"},
     "mirror": {"method": "mirror", "map_options": {"terms": 1}},
     "mirror, psi linear": {"method": "mirror", "map_options": {"terms": 1, "units": 0}},
-    "mirror, free factors": {"method": "mirror", "map_options": {"terms": 1, **_FREE}},
-    "mirror, free factors, psi linear": {
+    "mirror, normalised": {
         "method": "mirror",
-        "map_options": {"terms": 1, "units": 0, **_FREE},
+        "map_options": {"terms": 1, "normalized": True},
     },
-    "mirror, free factors, 4 terms": {"method": "mirror", "map_options": {"terms": 4, **_FREE}},
+    "mirror, 4 terms": {"method": "mirror", "map_options": {"terms": 4}},
 }
 
 _OMNIGLOT = {

@@ -18,7 +18,7 @@ def factors(mirror_map) -> list[torch.Tensor]:
 @pytest.mark.parametrize("options", SIZED, ids=str)
 def test_normalised_factors_keep_the_norm_of_the_identity(options):
     torch.manual_seed(0)
-    mirror_map = learned("kronecker", options)
+    mirror_map = learned("kronecker", {**options, "normalized": True})
     for m in factors(mirror_map):
         n = m.shape[-1]
         assert torch.allclose(torch.linalg.matrix_norm(m), m.new_tensor(n**0.5))
@@ -26,8 +26,8 @@ def test_normalised_factors_keep_the_norm_of_the_identity(options):
 
 def test_normalised_factors_are_free_ones_but_for_their_size():
     torch.manual_seed(0)
-    mirror_map = learned("kronecker", {"terms": 2})
-    free = learned("kronecker", {"terms": 2, "normalized": False})
+    mirror_map = learned("kronecker", {"terms": 2, "normalized": True})
+    free = learned("kronecker", {"terms": 2})
     state = {name: torch.zeros_like(x) for name, x in free.state_dict().items()}
     state |= mirror_map.state_dict()
     for name, p in mirror_map.named_parameters():
@@ -45,7 +45,9 @@ def test_normalised_factors_are_free_ones_but_for_their_size():
 @pytest.mark.parametrize("options", SIZED, ids=str)
 def test_modes_of_one_entry_have_nothing_to_learn(options):
     # Their gradients would be nothing but rounding, which Adam makes steps of.
-    mirror_map = maps.KroneckerNeural([torch.zeros(1, 5), torch.zeros(4, 1)], **options)
+    mirror_map = maps.KroneckerNeural(
+        [torch.zeros(1, 5), torch.zeros(4, 1)], normalized=True, **options
+    )
     learns = [[f.a is not None for f in group.factors] for group in mirror_map.groups]
     assert learns == [[False, True], [True, False]]
     for p in mirror_map.parameters():
@@ -70,7 +72,7 @@ def test_the_larger_a_is_the_less_a_step_turns_the_factor():
 
 
 def test_without_any_direction_the_identity_of_eps_is_left():
-    mirror_map = maps.KroneckerNeural([torch.zeros(3, 2)], eps=0.1)
+    mirror_map = maps.KroneckerNeural([torch.zeros(3, 2)], eps=0.1, normalized=True)
     with torch.no_grad():
         for own in mirror_map.groups[0].factors:
             own.a.copy_(-torch.eye(own.a.shape[-1]) / _PACE)

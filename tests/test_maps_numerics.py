@@ -121,7 +121,7 @@ def test_a_coupled_solve_whose_sums_cancel(units):
     for seed in range(10):
         torch.manual_seed(seed)
         x = torch.randn(6, 4, dtype=torch.float64)
-        mirror_map = maps.KroneckerNeural([x], units=units, eps=0.1, normalized=False)
+        mirror_map = maps.KroneckerNeural([x], units=units, eps=0.1)
         with torch.no_grad():
             for p in mirror_map.parameters():
                 p.add_(1.5 * torch.randn_like(p))

@@ -72,7 +72,7 @@ def paired(study: str, rows: list[dict]) -> str:
     steps = STUDIES[study].steps
     what = "mean ± standard error" if percent else "geometric mean, and one standard error"
     told = []
-    for variant in ("mirror", "mirror, free factors"):
+    for variant in ("mirror", "mirror, normalised"):
         mine, found = after(rows, variant, steps), []
         for theirs, name in rivals(study, rows, variant):
             pairs = [(mean, theirs[seed]) for seed, mean in mine.items() if seed in theirs]
@@ -95,8 +95,9 @@ def paired(study: str, rows: list[dict]) -> str:
 def rivals(study: str, rows: list[dict], variant: str) -> Iterator[tuple[dict[int, float], str]]:
     """What a variant is held against: the metric by seed, and a name for it."""
     steps = STUDIES[study].steps
-    for rival in ("meta-curvature", f"{variant}, psi linear", f"{variant}, free factors"):
-        yield after(rows, rival, steps), f"`{rival}`"
+    for rival in ("meta-curvature", "mirror", "mirror, psi linear"):
+        if rival != variant:
+            yield after(rows, rival, steps), f"`{rival}`"
     beside = STUDIES[study].beside
     if beside is not None:
         for rival in ("meta-curvature", variant):

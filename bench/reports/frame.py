@@ -13,9 +13,8 @@ COLOURS = {
     "meta-curvature": "#e69f00",
     "mirror": "#d55e00",
     "mirror, psi linear": "#cc79a7",
-    "mirror, free factors": "#0072b2",
-    "mirror, free factors, psi linear": "#999999",
-    "mirror, free factors, 4 terms": "#000000",
+    "mirror, normalised": "#0072b2",
+    "mirror, 4 terms": "#999999",
 }
 PENDING = "*No rows yet: run the command above.*"
 

@@ -8,7 +8,7 @@ from results import read_rows
 from reports.frame import PENDING, part, table
 
 STUDIES = ("omniglot-1", "omniglot-5", "omniglot-1to5")
-VARIANTS = ("meta-curvature", "mirror, free factors", "mirror")
+VARIANTS = ("meta-curvature", "mirror", "mirror, normalised")
 INIT = 3e-3  # the rate of the init, which every study has searched
 RATES = (1e-3, 3e-3, 1e-2)  # of the map
 

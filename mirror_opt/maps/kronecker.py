@@ -205,8 +205,9 @@ class KroneckerNeural(NeuralMap):
         {"eps": 0.0, "parametrization": "primal"},
         {"terms": 2, "parametrization": "primal"},
         {"eps": 0.1, "units": 0},
-        {"normalized": False},
-        {"normalized": False, "eps": 0.0},
+        {"normalized": True},
+        {"normalized": True, "eps": 0.0, "parametrization": "primal"},
+        {"normalized": True, "terms": 2},
     )
 
     def __init__(
@@ -219,7 +220,7 @@ class KroneckerNeural(NeuralMap):
         parametrization: str = "dual",
         rho: float = 0.9,
         sigma: str = "algebraic",
-        normalized: bool = True,
+        normalized: bool = False,
         seed: int = 0,
     ):
         params = list(params)

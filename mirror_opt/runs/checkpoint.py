@@ -17,7 +17,7 @@ from mirror_opt.runs.directory import write_bytes
 
 __all__ = ["VERSION", "load", "restore", "save"]
 
-VERSION = 6
+VERSION = 5
 _FORMAT = "mirror_opt.run"
 _SEAL = b"mirror_opt.run sha256 "
 _DIGITS = 64  # of the digest in hexadecimal, which follows
