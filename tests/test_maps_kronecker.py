@@ -6,7 +6,7 @@ from maps_cases import SHAPES, learned, points, relative
 
 from mirror_opt import maps
 from mirror_opt.errors import InputError
-from mirror_opt.maps.kronecker import _PACE, _Factors
+from mirror_opt.maps.kronecker import _FACTOR_PACE, _GAIN_PACE, _Factors
 
 SIZED = [{}, {"terms": 3}, {"eps": 0.0}, {"eps": 0.0, "parametrization": "primal"}]
 
@@ -33,10 +33,10 @@ def test_normalised_factors_are_free_ones_but_for_their_size():
     for name, p in mirror_map.named_parameters():
         if "factors" in name:
             eye = torch.eye(p.shape[-1], dtype=p.dtype)
-            m = eye + _PACE * p
+            m = eye + _FACTOR_PACE * p
             state[name] = m * (len(eye) / m.square().sum((-2, -1), keepdim=True)).sqrt() - eye
-        elif name.endswith((".a", ".gain")):
-            state[name] = _PACE * p
+        elif name.endswith(".gain"):
+            state[name] = _GAIN_PACE * p
     free.load_state_dict(state)
     zeta = points(mirror_map)
     assert relative(mirror_map.inverse(zeta), free.inverse(zeta)) < 1e-12
@@ -75,7 +75,7 @@ def test_without_any_direction_the_identity_of_eps_is_left():
     mirror_map = maps.KroneckerNeural([torch.zeros(3, 2)], eps=0.1, normalized=True)
     with torch.no_grad():
         for own in mirror_map.groups[0].factors:
-            own.a.copy_(-torch.eye(own.a.shape[-1]) / _PACE)
+            own.a.copy_(-torch.eye(own.a.shape[-1]) / _FACTOR_PACE)
             assert not own().any()
     zeta = torch.randn(3, 2)
     (delta,) = mirror_map.inverse([zeta])

@@ -20,9 +20,9 @@ from mirror_opt.untraced import untraced
 __all__ = ["KroneckerNeural"]
 
 
-# A step of normalised factors and of gains, in the steps that suit psi: a free factor's size counts
-# twice for every mode, M^T S(M u), so that learning it was faster than learning a gain.
-_PACE = 3.0
+# What a step of a normalised factor and of the gain beside it counts, in the steps that suit the
+# other parameters. The size of a free factor, M^T S(M u), counts twice for each of up to three modes.
+_FACTOR_PACE, _GAIN_PACE = 3.0, 6.0
 
 
 class _Factors(nn.Module):
@@ -76,7 +76,7 @@ class _Factors(nn.Module):
             m = (self.eye + self.a.tril(-1)) @ upper
             return self._sized(m) if self.normalized else m
         if self.normalized:
-            return self._sized(self.eye + _PACE * self.a) @ self.q
+            return self._sized(self.eye + _FACTOR_PACE * self.a) @ self.q
         return self.q + self.a @ self.q
 
     @staticmethod
@@ -137,7 +137,7 @@ class _Group(nn.Module):
             _Factors(like, self.terms, n, **form, seeds=[seed + 1000 * i + mode for i in indices])
             for mode, n in enumerate(modes)
         )
-        pace = _PACE if normalized else 1.0
+        pace = _GAIN_PACE if normalized else 1.0
         view = like.detach().reshape(self.sizes).expand(len(indices), self.terms, *self.sizes)
         self.units = NeuralUnits(view, min(3, view.dim()), **units, terms=2, pace=pace)
         self.weight = (1 - eps) / self.terms

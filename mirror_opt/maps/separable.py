@@ -61,11 +61,11 @@ class NeuralUnits(nn.Module):
 
     With v = u / unit, where ``unit`` is the calibrated rms of u,
 
-        S(u) = e^(pace (gain + a)) unit [v + sum_k w_k (sigma(s_k (v - c_k)) - sigma(-s_k c_k))],
+        S(u) = e^(pace gain + a) unit [v + sum_k w_k (sigma(s_k (v - c_k)) - sigma(-s_k c_k))],
         s_k = e^(log_s_k),   w_k = (rho / K) tanh(p_k) / s_k.
 
     So \|w_k s_k\| < rho / K, and the slope stays within (1 - rho, 1 + rho) times the gain,
-    e^(pace (gain + a)), whatever is learned. gain, a and p start at 0, which makes S the identity.
+    e^(pace gain + a), whatever is learned. gain, a and p start at 0, which makes S the identity.
 
     Args:
         like: the tensor; gives dtype, device and the shape of ``a``.
@@ -74,7 +74,7 @@ class NeuralUnits(nn.Module):
         rho: bound on the relative deviation of the slope, in (0, 1).
         sigma: a key of ``reference.SIGMAS``.
         terms: leading dimensions of ``like`` along which ``gain`` varies.
-        pace: what a step of gain and a counts, in the steps of the others.
+        pace: what a step of ``gain`` counts, in the steps of the others.
     """
 
     unit: Tensor
@@ -109,7 +109,7 @@ class NeuralUnits(nn.Module):
         s, unit = self.log_s.exp(), self.unit
         amplitude = self.rho / max(len(s), 1) * torch.tanh(self.p)
         units = Units(amplitude / s * unit, s / unit, self.c * unit)
-        gain = (self.pace * (self.gain + self.a)).exp()
+        gain = (self.pace * self.gain + self.a).exp()
         return Separable(gain, units, self.sigma)
 
     @torch.no_grad()
