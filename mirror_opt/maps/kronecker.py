@@ -20,8 +20,8 @@ from mirror_opt.untraced import untraced
 __all__ = ["KroneckerNeural"]
 
 
-# What a step of a normalised factor and of the gain beside it counts, in the steps that suit the
-# other parameters. The size of a free factor, M^T S(M u), counts twice for each of up to three modes.
+# What a step of a normalised factor and of the gain beside it counts, in steps of the other
+# parameters. The size of a free factor, M^T S(M u), counts twice for each of up to three modes.
 _FACTOR_PACE, _GAIN_PACE = 3.0, 6.0
 
 
