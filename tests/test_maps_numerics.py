@@ -161,3 +161,11 @@ def test_entropies_at_the_edge_of_their_domain():
     (gradient,) = torch.autograd.grad(positive.conjugate([far]), far)
     assert torch.equal(gradient, far.detach().exp())
     assert hypentropy.conjugate([far[:1]]).item() == pytest.approx(math.cosh(706.0), rel=1e-12)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.1, 1e3])
+@pytest.mark.parametrize("p", [1.5, 2.0, 3.0])
+def test_where_the_solve_of_a_quadratic_starts(p, eps):
+    t = torch.logspace(-20, 20, 200, dtype=torch.float64)
+    root = _near_root(t, p, eps, torch.full_like(t, math.inf))
+    torch.testing.assert_close(root ** (p - 1) + eps * root, t, rtol=1e-14, atol=0)

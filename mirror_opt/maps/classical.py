@@ -108,6 +108,20 @@ def _power(r: Tensor, exponent: float) -> Tensor:
     return torch.where(zero, 0.0, torch.where(zero, 1, r) ** exponent)
 
 
+def _near_root(t: Tensor, p: float, eps: float, upper: Tensor) -> Tensor:
+    """Where to start: at the root itself where the equation is quadratic in r or in its root."""
+    if p == 2:
+        root = t / (1 + eps)
+    elif p == 3:
+        root = t / (eps / 2 + (eps * eps / 4 + t).sqrt())
+    elif p == 1.5:
+        root = (2 * t / (1 + (1 + 4 * eps * t).sqrt())).square()
+    else:
+        return upper
+    # A square may have left the range.
+    return torch.where(root > 0, torch.minimum(root, upper), upper)
+
+
 # An operator, so that torch.compile passes over the solve, whose length depends on the values.
 @torch.library.custom_op("mirror_opt::pnorm_root", mutates_args=())
 def _pnorm_root(t: Tensor, p: float, eps: float) -> tuple[Tensor, Tensor]:
@@ -121,7 +135,8 @@ def _pnorm_root(t: Tensor, p: float, eps: float) -> tuple[Tensor, Tensor]:
 
     # Each term is at most the sum, which bounds the root from above.
     upper = torch.minimum(t ** (1 / (p - 1)), t / eps)
-    solution = solve_monotone(f, t, torch.zeros_like(t), upper, start=upper)
+    start = _near_root(t, p, eps, upper)
+    solution = solve_monotone(f, t, torch.zeros_like(t), upper, start=start)
     root = solution.value.clamp(min=0)
     if solution.status is Status.MAX_ITERATIONS:
         root = torch.full_like(root, math.nan)
