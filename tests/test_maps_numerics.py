@@ -7,6 +7,7 @@ import torch
 from maps_cases import CASES, DGF_CASES, learned, points, relative
 
 from mirror_opt import NewtonError, maps
+from mirror_opt.maps.classical import _near_root
 from mirror_opt.newton import Status
 
 
