@@ -73,8 +73,9 @@ class MirrorMap(nn.Module):
         owns_tensors: True when the constructor takes the parameters first.
         anchored: True when the map acts on the displacement phi - phi_0 from an anchor phi_0 (the
             initial parameters), which the caller subtracts; False when it acts on phi.
-        uniform: True when grad h is one and the same function of every entry, so that a step may
-            take the entries in any blocks.
+        entrywise: True when grad h takes every entry by itself, with one function for all and, if
+            the map has coefficients, a coefficient for each entry in a tensor of the parameter's
+            shape. A step may then take the entries in any blocks.
         domain: where x may lie: ``"reals"``, ``"positive"`` or ``"simplex"``.
         forward_is_closed, inverse_is_closed: False where a Newton solve is needed.
         inverse_is_batchable: False where ``inverse`` runs a solve that ``vmap`` cannot batch.
@@ -87,7 +88,7 @@ class MirrorMap(nn.Module):
     owns_tensors: ClassVar[bool] = False
     anchored: ClassVar[bool] = False
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
-    uniform: bool = False
+    entrywise: bool = False
     domain: str = "reals"
     forward_is_closed: bool = True
     inverse_is_closed: bool = True

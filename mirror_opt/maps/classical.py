@@ -22,7 +22,7 @@ class Euclidean(MirrorMap):
     mu = ell = 1.
     """
 
-    uniform = True
+    entrywise = True
 
     def _gradient(self, x: Tensor, coefficient: None) -> Tensor:
         return x
@@ -52,6 +52,7 @@ class Diagonal(OwningMap):
     """
 
     anchored = True
+    entrywise = True
 
     def __init__(self, params: Sequence[Tensor]):
         params = list(params)
@@ -204,7 +205,7 @@ class PNorm(MirrorMap):
         (tensor([-4.,  0.,  9.]),)
     """
 
-    uniform = True
+    entrywise = True
     variants: ClassVar = ({}, {"p": 3.0}, {"p": 1.1, "eps": 0.1}, {"p": 3.0, "eps": 0.5})
 
     def __init__(self, p: float = 1.5, eps: float = 0.0):
@@ -262,7 +263,7 @@ class Hypentropy(MirrorMap):
             of the parameters.
     """
 
-    uniform = True
+    entrywise = True
     variants: ClassVar = ({}, {"beta": 1e-3})
 
     def __init__(self, beta: float = 1.0):
@@ -316,7 +317,7 @@ class NegativeEntropy(MirrorMap):
         super().__init__()
         self.simplex = simplex
         self.domain = "simplex" if simplex else "positive"
-        self.uniform = not self.simplex
+        self.entrywise = not self.simplex
 
     def coupled(self, dims: int) -> tuple[int, ...]:
         return (dims - 1,) if self.simplex and dims else ()

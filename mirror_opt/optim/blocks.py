@@ -1,4 +1,4 @@
-"""The step in blocks that stay in the cache, for maps that treat all entries alike.
+"""The step in blocks that stay in the cache, for maps that treat every entry by itself.
 
 Every operation of a step makes a tensor: over all parameters at once that is many passes through
 memory, and many times the size of the parameters. A block's tensors are small and used at once.
@@ -28,11 +28,13 @@ def step(*lists: Tensors, **options: Any) -> Update:
     params, _, buffers, _, _, duals = lists
     if not _pays(params, **options):
         return mirror_descent(*lists, **options)
+    every = options["mirror_map"].coefficients()
+    own = [every[slot] for slot in options["slots"]] if every is not None else []
     new = Update(*([x.new_empty(x.shape) for x in old] for old in (params, buffers, duals)))
-    for block in _blocks((*lists, *new)):
-        given, results = block[: len(lists)], block[len(lists) :]
+    for block in _blocks((*lists, own, *new)):
+        given, coefficients, results = block[: len(lists)], block[len(lists)], block[-len(new) :]
         count = len(given[0])
-        options |= {"slots": [*range(count)], "count": count}  # the map has nothing for a slot
+        options |= {"slots": [*range(count)], "count": count, "coefficients": coefficients or None}
         if options["draws"] is not None:
             options["draws"] = [None] * count
         for xs, ys in zip(results, mirror_descent(*given, **options), strict=True):
@@ -45,7 +47,7 @@ def _pays(params: Tensors, **options: Any) -> bool:
     mirror_map = options["mirror_map"]
     return (
         isinstance(mirror_map, MirrorMap)
-        and mirror_map.uniform
+        and mirror_map.entrywise
         and not (options["foreach"] or options["differentiable"])
         and not (torch.compiler.is_compiling() or is_zero(options["lr"]))
         and all(p.is_cpu for p in params)

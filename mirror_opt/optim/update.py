@@ -53,6 +53,7 @@ def mirror_descent(
     foreach: bool,
     differentiable: bool,
     draws: Sequence[torch.Generator | None] | None = None,
+    coefficients: Sequence[Any] | None = None,
 ) -> Update:
     r"""The equations of ``MirrorDescent`` for one parameter group.
 
@@ -63,6 +64,7 @@ def mirror_descent(
         dual_inits: z_0; empty when it is zero.
         duals: zeta = z - z_0; empty for a stateless step.
         draws: round bfloat16 parameters stochastically, each with this generator.
+        coefficients: of the map for the ``count`` tensors, where they are known.
         mirror_map: acts on ``count`` tensors, of which these are the ones at ``slots``.
 
     Returns:
@@ -74,7 +76,7 @@ def mirror_descent(
     add, scale = (_foreach_add, _foreach_scale) if foreach else (_forloop_add, _forloop_scale)
     unmoved = is_zero(lr) and not differentiable
     lr = as_scalar(lr, differentiable)
-    coefficients = mirror_map.coefficients()
+    coefficients = mirror_map.coefficients() if coefficients is None else coefficients
 
     def primal(duals: Tensors) -> Tensors:
         zs = add(duals, dual_inits) if dual_inits else duals
