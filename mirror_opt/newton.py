@@ -16,6 +16,7 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 
 from mirror_opt.untraced import untraced
 
@@ -308,15 +309,30 @@ def solve_convex(
     return Solution(y, status, iterations, relative)
 
 
+def check_forward_mode() -> None:
+    """Raises NotImplementedError within two transforms of forward mode.
+
+    torch calls the ``jvp`` of an ``autograd.Function`` without the tangents of the outer one, and
+    what comes out has none.
+    """
+    stack = get_interpreter_stack() or ()
+    if sum(level.key() == TransformType.Jvp for level in stack) > 1:
+        raise NotImplementedError(
+            "forward mode within forward mode through a solve of a mirror map: take reverse mode "
+            "(torch.func.grad, jacrev) for one of the two"
+        )
+
+
 class _Root(torch.autograd.Function):
     r"""The y with f(y, *theta) = target, for an f whose Jacobian J = d_y f is symmetric.
 
     Implicit differentiation (Blondel et al. 2022): with q = J^-1 dL/dy,
 
-        dL/dtarget = q,   dL/dtheta = -q d_theta f(y, theta).
+        dL/dtarget = q,   dL/dtheta = -q d_theta f(y, theta),
 
-    q is such a root too, that of v -> J(y, theta) v = dL/dy. So backward consists of differentiable
-    operations, and every order is right.
+    and in forward mode dy = J^-1 (dtarget - d_theta f(y, theta) dtheta). Both are such roots too,
+    those of v -> J(y, theta) v. So they consist of differentiable operations, and every order is
+    right.
     """
 
     @staticmethod
@@ -327,23 +343,41 @@ class _Root(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         _, ctx.f, ctx.jacobian, _, *theta = inputs
         ctx.save_for_backward(output, *theta)
+        ctx.save_for_forward(output, *theta)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        f, jacobian = ctx.f, ctx.jacobian
         y, *theta = ctx.saved_tensors
-        q = _Root.apply(
+        q = _Root._linear(ctx.jacobian, grad, y, *theta)
+        if not any(ctx.needs_input_grad[4:]):
+            return None, None, None, q, *(None for _ in theta)
+        pull = torch.func.vjp(lambda *theta: ctx.f(y, *theta), *theta)[1]
+        return None, None, None, q, *pull(-q)
+
+    @staticmethod
+    def jvp(ctx, _solve, _f, _jacobian, d_target: Tensor | None, *d_theta: Tensor | None):
+        y, *theta = ctx.saved_tensors
+        b = torch.zeros_like(y) if d_target is None else d_target
+        if any(d is not None for d in d_theta):
+            # Along the tangents by reverse mode twice: the levels of forward mode do not nest.
+            pull = torch.func.vjp(lambda *theta: ctx.f(y, *theta), *theta)[1]
+            push = torch.func.vjp(pull, torch.zeros_like(y))[1]
+            pairs = zip(d_theta, theta, strict=True)
+            along = tuple(torch.zeros_like(x) if d is None else d for d, x in pairs)
+            b = b - push(along)[0]
+        return _Root._linear(ctx.jacobian, b, y, *theta)
+
+    @staticmethod
+    def _linear(jacobian: Callable, b: Tensor, y: Tensor, *theta: Tensor) -> Tensor:
+        """The v with J(y, theta) v = b."""
+        return _Root.apply(
             lambda b, y, *theta: _solve_linear(jacobian(y, *theta), b),
             lambda v, y, *theta: jacobian(y, *theta)(v),
             lambda v, y, *theta: jacobian(y, *theta),
-            grad,
+            b,
             y,
             *theta,
         )
-        if not any(ctx.needs_input_grad[4:]):
-            return None, None, None, q, *(None for _ in theta)
-        pull = torch.func.vjp(lambda *theta: f(y, *theta), *theta)[1]
-        return None, None, None, q, *pull(-q)
 
 
 def implicit_convex(
@@ -376,4 +410,5 @@ def implicit_convex(
             summed=(lambda y: summed(y, *theta)) if summed else None,
         ).unwrap()
 
+    check_forward_mode()
     return _Root.apply(solve, f, jacobian, target, *theta)

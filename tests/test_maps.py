@@ -6,6 +6,7 @@ A new map is tested by being registered.
 import contextlib
 import inspect
 import io
+import itertools
 import math
 
 import pytest
@@ -14,7 +15,7 @@ from maps_cases import CASES, DGF_CASES, OWNERS, SHAPES, jacobian, learned, poin
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mirror_opt import maps
+from mirror_opt import maps, use_backend
 from mirror_opt.maps.base import dot
 
 
@@ -203,7 +204,7 @@ def test_maps_of_empty_tensors_have_bounds(name, shapes):
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_forward_mode_is_right_or_refused(name, options, direction):
+def test_forward_mode(name, options, direction):
     torch.manual_seed(10)
     mirror_map = learned(name, options, shapes=((2, 3),))
     (x,) = points(mirror_map, ((2, 3),))
@@ -215,12 +216,44 @@ def test_forward_mode_is_right_or_refused(name, options, direction):
     expected = (function([x + h * v])[0] - function([x - h * v])[0]) / (2 * h)
     for guard in (contextlib.nullcontext, torch.no_grad):
         with guard(), forward_ad.dual_level():
-            try:
-                z = function([forward_ad.make_dual(x, v)])[0]
-            except NotImplementedError:
-                continue
+            z = function([forward_ad.make_dual(x, v)])[0]
             tangent = forward_ad.unpack_dual(z).tangent
         assert relative([tangent], [expected.detach()]) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize(("name", "options"), [c for c in CASES if c.values[0] in OWNERS])
+def test_forward_mode_to_second_order(name, options, direction, backend):
+    """In the point and in the map's parameters, each mode through the other."""
+    torch.manual_seed(13)
+    mirror_map = learned(name, options, shapes=((3, 2),))
+    named = {k: p.detach() for k, p in mirror_map.named_parameters()}
+    along = {k: torch.randn_like(p) for k, p in named.items()}
+    x, v = (torch.randn(3, 2, dtype=torch.float64) for _ in range(2))
+
+    def value(t):
+        moved = {k: p + t * along[k] for k, p in named.items()}
+        with torch.nn.utils.stateless._reparametrize_module(mirror_map, moved):
+            return (getattr(mirror_map, direction)([x + t * v])[0] * x.cos()).sum()
+
+    def forward_mode(function):
+        return lambda t: torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+
+    at, reverse_mode = torch.zeros((), dtype=torch.float64), torch.func.grad
+    with use_backend(backend):
+        slope, bend = reverse_mode(value)(at), reverse_mode(reverse_mode(value))(at)
+        torch.testing.assert_close(forward_mode(value)(at), slope, rtol=1e-7, atol=1e-9)
+        for outer, inner in itertools.product((reverse_mode, forward_mode), repeat=2):
+            try:
+                found = outer(inner(value))(at)
+            except NotImplementedError:
+                assert outer is inner is forward_mode
+                assert name == "kronecker" and not mirror_map.elementwise  # a coupled solve
+            else:
+                torch.testing.assert_close(found, bend, rtol=1e-6, atol=1e-8)
+
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mirror_opt.dtypes import at_least_float32
 from mirror_opt.errors import InputError, is_number
 from mirror_opt.maps.base import MirrorMap, OwningMap, register
-from mirror_opt.newton import NewtonError, Status, solve_monotone
+from mirror_opt.newton import NewtonError, Status, check_forward_mode, solve_monotone
 
 __all__ = ["Diagonal", "Euclidean", "Hypentropy", "NegativeEntropy", "PNorm"]
 
@@ -164,15 +164,24 @@ class _PNormRoot(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         _, ctx.p, ctx.eps = inputs
         ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
 
     @staticmethod
     def backward(ctx, grad_r: Tensor):
+        return _PNormRoot._by_slope(ctx, grad_r), None, None
+
+    @staticmethod
+    def jvp(ctx, dt: Tensor, *_):
+        return _PNormRoot._by_slope(ctx, dt)
+
+    @staticmethod
+    def _by_slope(ctx, x: Tensor) -> Tensor:
         (r,) = ctx.saved_tensors
         p, eps = ctx.p, ctx.eps
         if p < 2:  # 1 / slope, multiplied out by r^(2-p) so that it is finite at r = 0
             decay = _power(r, 2 - p)
-            return grad_r * decay / ((p - 1) + eps * decay), None, None
-        return grad_r / ((p - 1) * _power(r, p - 2) + eps), None, None
+            return x * decay / ((p - 1) + eps * decay)
+        return x / ((p - 1) * _power(r, p - 2) + eps)
 
     @staticmethod
     def vmap(info, in_dims, t: Tensor, p: float, eps: float):
@@ -226,6 +235,7 @@ class PNorm(MirrorMap):
         sign, r = _polar(z)
         if self.eps == 0:
             return sign * _power(r, 1 / (self.p - 1))
+        check_forward_mode()
         return sign * _PNormRoot.apply(r, self.p, self.eps)
 
     def _potential(self, x: Tensor, coefficient: None) -> Tensor:

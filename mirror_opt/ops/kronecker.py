@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from mirror_opt import backends
-from mirror_opt.backends import triton
+from mirror_opt.backends import plain, triton
 from mirror_opt.backends.rotation import LARGEST_MODE, Rotation
 from mirror_opt.errors import InputError
 from mirror_opt.ops.separable import _call, _empty_like, _implementation, _library, _register
@@ -90,7 +90,15 @@ def _vmap(info, dims, *args):
     return result.unflatten(0, (batch, members)), 0
 
 
-_register("separable_rotated", _implementation("rotated", 0, 3, 8), _fake, _save, _gradient, _vmap)
+_register(
+    "separable_rotated",
+    _implementation("rotated", 0, 3, 8),
+    _fake,
+    _save,
+    _gradient,
+    _vmap,
+    plain.rotated,
+)
 
 
 def rotation_is_fused(u: Tensor, units: int, sigma: str) -> bool:

@@ -9,11 +9,13 @@ for the gain and the coefficients theta. Backward needs y only, none of the Newt
 own gradients are those of the formulas in plain PyTorch, so that every order is right.
 
 Under ``torch.func`` transforms the operators go through ``torch.autograd.Function``, since
-gradients registered with ``torch.library`` do not compose with them.
+gradients registered with ``torch.library`` do not compose with them. In forward mode, which neither
+has at every order, all is plain PyTorch: S^-1 is then a few steps of Newton from the root itself.
 """
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -162,12 +164,20 @@ def _vmap_backward(info, dims, *args):
 # All of it together.
 
 _OPERATORS: dict[str, Callable] = {}
-_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+_FUNCTIONS: dict[str, Callable] = {}
+_IN_FORWARD_MODE: dict[str, Callable] = {}
 
 
 def _register(
-    name: str, run: Callable, fake: Callable, save: Callable, gradient: Callable, vmap: Callable
+    name: str,
+    run: Callable,
+    fake: Callable,
+    save: Callable,
+    gradient: Callable,
+    vmap: Callable,
+    forward_mode: Callable,
 ) -> None:
+    """An operator, and the function that takes its place in forward mode."""
     _library.impl(name, run, "CompositeExplicitAutograd")
     qualified = f"mirror_opt::{name}"
     torch.library.register_fake(qualified, fake, lib=_library)
@@ -176,20 +186,36 @@ def _register(
     operator = getattr(torch.ops.mirror_opt, name).default
     _OPERATORS[name] = operator
     methods = {"forward": operator, "setup_context": save, "backward": gradient, "vmap": vmap}
-    _FUNCTIONS[name] = type(
+    function: Any = type(
         name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()}
     )
+    _FUNCTIONS[name] = function.apply
+    _IN_FORWARD_MODE[name] = forward_mode
 
 
 def _call(name: str, *args):
     if torch.compiler.is_compiling():
         return _OPERATORS[name](*args)
-    # In forward mode the operator would drop the tangents where nothing requires a gradient; the
-    # function says that it has no forward mode.
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    if forward_mode or torch._C._are_functorch_transforms_active():
-        return _FUNCTIONS[name].apply(*args)
+    if torch.autograd.forward_ad._current_level >= 0:
+        return _IN_FORWARD_MODE[name](*args)
+    if torch._C._are_functorch_transforms_active():
+        return _FUNCTIONS[name](*args)
     return _OPERATORS[name](*args)
+
+
+def _differentiable_inverse(t: Tensor, *args) -> tuple[Tensor, Tensor]:
+    # Each step of Newton from the constant root doubles the orders of derivatives that are right:
+    # 1, 3, 7.
+    y, status = _FUNCTIONS["separable_inverse"](*(x.detach() for x in (t, *args[:4])), args[4])
+    gain, *units, sigma = args
+    for _ in range(3):
+        residual = plain.forward(y, *args) - t
+        y = y - residual / (gain * reference.psi_slope(y, Units(*units), sigma))
+    return y, status
+
+
+def _differentiable_step(x: Tensor, g: Tensor, lr: Tensor, *args) -> tuple[Tensor, Tensor]:
+    return _differentiable_inverse(plain.forward(x, *args) - lr * g, *args)
 
 
 _register(
@@ -199,6 +225,7 @@ _register(
     _save_forward,
     _forward_gradient,
     _vmap_forward,
+    plain.forward,
 )
 _register(
     "separable_inverse",
@@ -207,6 +234,7 @@ _register(
     _save_inverse,
     _inverse_gradient,
     _vmap_inverse,
+    _differentiable_inverse,
 )
 _register(
     "separable_step",
@@ -215,6 +243,7 @@ _register(
     _save_step,
     _step_gradient,
     _vmap_step,
+    _differentiable_step,
 )
 _register(
     "separable_backward",
@@ -223,6 +252,7 @@ _register(
     _save_backward,
     _backward_gradient,
     _vmap_backward,
+    plain.backward,
 )
 
 
