@@ -13,8 +13,8 @@ COLOURS = {
     "meta-curvature": "#e69f00",
     "mirror": "#d55e00",
     "mirror, psi linear": "#cc79a7",
-    "mirror, normalised": "#0072b2",
-    "mirror, 4 terms": "#999999",
+    "mirror, 4 terms": "#0072b2",
+    "mirror, normalised": "#333333",
 }
 PENDING = "*No rows yet: run the command above.*"
 

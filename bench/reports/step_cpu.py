@@ -106,7 +106,7 @@ def draw() -> None:
         return
     figure, axes = canvas()
     shown = ("formula", "torch.compile", "MirrorDescent", "cpp", "AdamW, fused", "SGD, foreach")
-    for contender, colour in zip(shown, COLOURS.values(), strict=True):
+    for contender, colour in zip(shown, COLOURS.values(), strict=False):
         mine = sorted((r["elements"], r["seconds"]) for r in rows if r["contender"] == contender)
         style = ":" if contender.startswith(("SGD", "AdamW")) else "-"
         x, y = zip(*((n, 1e9 * seconds / n) for n, seconds in mine), strict=True)
