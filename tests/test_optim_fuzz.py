@@ -173,9 +173,12 @@ def test_steps_are_finite_or_refused_and_resume_exactly(run):
             assert is_finite(optimizer)
         elif was_finite and not is_finite(optimizer):
             assert others[1] != "stepped"
-        if outcome.startswith("InputError"):
-            assert "fused=True cannot be served" in outcome
-            assert any(group["fused"] for group in optimizer.param_groups)
+        groups = optimizer.param_groups
+        if "fused=True cannot be served" in outcome:
+            assert any(group["fused"] for group in groups)
+        elif outcome.startswith("InputError"):
+            assert "their product has to be below 1" in outcome
+            assert any(group["lr"] * group["weight_decay"] >= 1 for group in groups)
         elif policy == "skip":
             assert outcome == "stepped"
         elif policy == "raise" and not finite:
