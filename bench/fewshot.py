@@ -55,10 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "meta-curvature": {"method": "meta-curvature"},
     "mirror": {"method": "mirror", "map_options": {"terms": 1}},
     "mirror, psi linear": {"method": "mirror", "map_options": {"terms": 1, "units": 0}},
-    "mirror, normalised": {
-        "method": "mirror",
-        "map_options": {"terms": 1, "normalized": True},
-    },
+    "mirror, normalised": {"method": "mirror", "map_options": {"terms": 1, "normalized": True}},
     "mirror, 4 terms": {"method": "mirror", "map_options": {"terms": 4}},
 }
 

@@ -335,7 +335,7 @@ def _training_options(sub: argparse.ArgumentParser) -> None:
     stated("--init-lr", rate, "outer rate of the initialisation", type=float)
     stated("--map-lr", rate, "outer rate of the map's parameters", type=float)
     add("--learn-lr", action="store_true", help="learn a rate for each inner step, from --lr on")
-    add("--rate-lr", type=float, help="outer rate of the inner rates, with --learn-lr")
+    stated("--rate-lr", rate, "outer rate of the inner rates, with --learn-lr", type=float)
     add("--seed", type=int, help="decides initialisation and tasks (default: 0)")
     _evaluation_options(sub)
     default = "runs/TASK-METHOD, or runs/TASK-compare"

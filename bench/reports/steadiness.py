@@ -38,4 +38,9 @@ def steadiness() -> str:
     if not lines:
         return PENDING
     head = ["study", "method", *[f"map rate {rate:g}" for rate in RATES]]
-    return table([*head, "over rates", "over seeds, at most", "seeds"], lines)
+    title = (
+        "Query accuracy in % on validation tasks at the trained number of steps, with a rate of "
+        f"{INIT:g} for the init, and by how many points it moves over the rates of the map, and "
+        "over seeds at one rate."
+    )
+    return f"{title}\n\n{table([*head, 'over rates', 'over seeds, at most', 'seeds'], lines)}"

@@ -57,11 +57,12 @@ class _Factors(nn.Module):
         self.register_parameter("a", None if fixed else nn.Parameter(torch.zeros(shape, **options)))
         eye = torch.eye(n, **options)
         self.register_buffer("eye", eye, persistent=False)
-        q = eye.expand(shape).clone()
-        if terms > 1:
-            normal = [self._normal(shape[1:], seed) for seed in seeds]
-            q = torch.linalg.qr(torch.stack(normal)).Q.to(**options)
-        self.register_buffer("q", q, persistent=not invertible)
+        if fixed or not invertible:
+            q = eye.expand(shape).clone()
+            if terms > 1:
+                normal = [self._normal(shape[1:], seed) for seed in seeds]
+                q = torch.linalg.qr(torch.stack(normal)).Q.to(**options)
+            self.register_buffer("q", q, persistent=not invertible)
 
     @staticmethod
     def _normal(shape: Sequence[int], seed: int) -> Tensor:
