@@ -56,6 +56,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mirror": {"method": "mirror", "map_options": {"terms": 1}},
     "mirror, psi linear": {"method": "mirror", "map_options": {"terms": 1, "units": 0}},
     "mirror, normalised": {"method": "mirror", "map_options": {"terms": 1, "normalized": True}},
+    "mirror, normalised, psi linear": {
+        "method": "mirror",
+        "map_options": {"terms": 1, "units": 0, "normalized": True},
+    },
+    "mirror, normalised, 4 terms": {
+        "method": "mirror",
+        "map_options": {"terms": 4, "normalized": True},
+    },
     "mirror, 4 terms": {"method": "mirror", "map_options": {"terms": 4}},
 }
 
