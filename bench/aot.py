@@ -81,7 +81,7 @@ def _step(units: int, **options: Any) -> Variant:
     constants = dict.fromkeys(off.split(), False) | dict.fromkeys(
         ("PARAM", "GRAD", "STATE"), tl.float32
     )
-    constants |= {"K": units, "PRIMAL": True, "GAIN": plans.NONE}
+    constants |= {"K": units, "PRIMAL": True, "GAIN": False}
     wide = plans.WIDE
     constants |= {"WIDE": wide, "NARROW": plans.NARROW, **options}
     hot = wide if units <= 8 and constants["PRIMAL"] else None
@@ -110,7 +110,7 @@ def _ones(variant: Variant) -> Variant:
 
 
 _HALF = {"PARAM": tl.bfloat16, "GRAD": tl.bfloat16}
-_GAIN = {"GAIN": plans.ELEMENT}
+_GAIN = {"GAIN": True}
 _COLLECT = Variant(
     separable._collect_kernel,
     _pointers("partial_ptr w_ptr s_ptr c_ptr grad_w_ptr grad_s_ptr grad_c_ptr")

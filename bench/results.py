@@ -16,16 +16,26 @@ def read_rows(name: str) -> list[dict[str, Any]]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def add_rows(name: str, rows: list[dict[str, Any]]) -> None:
-    """Appends rows, one a line; safe with several processes at once."""
+def add_rows(
+    name: str, rows: list[dict[str, Any]], instead_of: dict[str, Any] | None = None
+) -> None:
+    """Appends rows, one a line, and drops those that have all the values of ``instead_of``.
+
+    Safe with several processes at once.
+    """
     RESULTS.mkdir(parents=True, exist_ok=True)
     with open(RESULTS / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        merged = [*read_rows(name), *rows]
+        merged = [*(r for r in read_rows(name) if not matches(r, instead_of)), *rows]
         text = "[\n" + ",\n".join(json.dumps(row) for row in merged) + "\n]\n"
         temporary = RESULTS / f".{name}.tmp"
         temporary.write_text(text)
         temporary.replace(RESULTS / f"{name}.json")
+
+
+def matches(row: dict[str, Any], values: dict[str, Any] | None) -> bool:
+    """Whether a row has all of some values; no values at all match none."""
+    return values is not None and all(row.get(k) == v for k, v in values.items())
 
 
 def revision() -> str:

@@ -17,7 +17,7 @@ import tempfile
 
 import torch
 from fewshot import STUDIES
-from results import add_rows, read_rows, revision
+from results import add_rows, matches, read_rows, revision
 
 from mirror_opt import maps
 from mirror_opt.maps.base import dot
@@ -161,19 +161,25 @@ def valid(row: dict) -> bool:
     )
 
 
+def missing() -> list[dict]:
+    """Every check that there is no row of yet."""
+    rows = read_rows(NAME)
+    wanted = [
+        {"map": name, "options": options, "trained": trained}
+        for name, cls in maps.REGISTRY.items()
+        if cls.is_dgf
+        for options in cls.variants
+        for trained in ((False, True) if cls.owns_tensors else (False,))
+    ]
+    return [case for case in wanted if not any(matches(row, case) for row in rows)]
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    for name, cls in maps.REGISTRY.items():
-        if not cls.is_dgf:
-            continue
-        for options in cls.variants:
-            for trained in (False, True) if cls.owns_tensors else (False,):
-                same = {"map": name, "options": options, "trained": trained}
-                if any(all(r[k] == v for k, v in same.items()) for r in read_rows(NAME)):
-                    continue
-                row = check(name, options, trained)
-                add_rows(NAME, [row])
-                print("valid" if valid(row) else "NOT VALID", json.dumps(row), flush=True)
+    for case in missing():
+        row = check(case["map"], case["options"], case["trained"])
+        add_rows(NAME, [row])
+        print("valid" if valid(row) else "NOT VALID", json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

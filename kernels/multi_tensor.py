@@ -2,8 +2,8 @@ r"""The mirror step of a whole list of tensors, in place, in one launch.
 
 Tables in device memory describe the work (``plans``), so that a step of any list is one launch,
 without synchronising, also while a CUDA graph is captured. A program does a stretch of one channel,
-whose coefficients are then numbers, or, in a tensor whose channels are too short for that, a few
-entries with their own coefficients.
+whose coefficients are then numbers, or, in a tensor whose channels are too short for that, a stretch
+of entries with their own coefficients.
 
 A parameter is seen as ``(C, n)``, with C and K from its coefficients ``(K, C)``. With the direction
 d (the gradient, or its momentum) and S = gain psi,
@@ -45,9 +45,6 @@ __all__ = ["step_"]
 # coefficients in uniform registers.
 _WARPS = 1
 
-_NONE, _CHANNEL, _ELEMENT = (
-    tl.constexpr(i) for i in (plans.NONE, plans.CHANNEL, plans.ELEMENT)
-)
 _FIELDS = tl.constexpr(plans.FIELDS)
 # Entries of 16 bytes, whatever the dtype.
 _UNIT = tl.constexpr(8)
@@ -121,7 +118,7 @@ def _read_all(
     g = _read(row.grad, start, entry, inside, 0.0, GRAD, ALIGNED)
     e = tl.full(entry.shape, 1.0, tl.float32)
     b, a, zeta, z0 = none, none, none, none
-    if o.gain == _ELEMENT:
+    if o.gain:
         e = _read(row.gain, start, entry, inside, 1.0, tl.float32, ALIGNED)
     if o.momentum:
         b = _read(row.buffer, start, entry, inside, 0.0, STATE, ALIGNED)
@@ -149,7 +146,7 @@ def _write_all(
 @triton.jit
 def _mirror(x, move, anchor, zeta, z0, gain, shrink, p, o, K: tl.constexpr):
     """The parameter, and the dual state, after z <- z - move."""
-    per_gain = tl.full(x.shape, 1.0, tl.float32) if o.gain == _NONE else reciprocal(gain)
+    per_gain = reciprocal(gain) if o.gain else tl.full(x.shape, 1.0, tl.float32)
     u = x * shrink - anchor
     if o.dual:
         if o.decay:
@@ -177,7 +174,7 @@ def _mirror(x, move, anchor, zeta, z0, gain, shrink, p, o, K: tl.constexpr):
 
 @triton.jit
 def _update(
-    row, start, begin, end, channel, p, rates, status_ptr, o, K: tl.constexpr,
+    row, start, begin, end, p, rates, status_ptr, o, K: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, LANES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
@@ -197,9 +194,6 @@ def _update(
         x, g, gain, buffer, anchor, zeta, z0 = _read_all(
             row, start, entry, inside, o, PARAM, GRAD, STATE, ALIGNED
         )
-    if o.gain == _CHANNEL:
-        gain = tl.load(row.gain.to(tl.pointer_type(tl.float32)) + channel)
-        gain = tl.broadcast_to(gain, x.shape)
     g *= rates.scale
     if o.momentum:
         buffer = rates.momentum * buffer + g
@@ -262,20 +256,21 @@ def _step_kernel(
             # From the aligned entry before, masked.
             for start in range(begin // _UNIT * _UNIT, end, WIDE):
                 _update(
-                    row, start, begin, end, channel, shared, rates, status_ptr,
+                    row, start, begin, end, shared, rates, status_ptr,
                     _Options(PRIMAL, GAIN, MOMENTUM, NESTEROV, DECAY, ANCHOR, DUAL, DUAL_INIT),
                     K, PARAM, GRAD, STATE, WIDE, True,
                 )
         else:
-            # Lanes beyond the end read the coefficients of the last entry.
-            entry = tl.minimum(begin + tl.arange(0, NARROW), end - 1)
-            channel_of = entry // tl.load(at + 11)
-            own = coefficients(w_ptr, s_ptr, c_ptr, channel_of, channels, K)
-            _update(
-                row, begin, begin, end, channel_of, own, rates, status_ptr,
-                _Options(PRIMAL, GAIN, MOMENTUM, NESTEROV, DECAY, ANCHOR, DUAL, DUAL_INIT),
-                K, PARAM, GRAD, STATE, NARROW, False,
-            )
+            length = tl.load(at + 11)
+            for start in range(begin, end, NARROW):
+                # Lanes beyond the end read the coefficients of the last entry.
+                entry = tl.minimum(start + tl.arange(0, NARROW), end - 1)
+                own = coefficients(w_ptr, s_ptr, c_ptr, entry // length, channels, K)
+                _update(
+                    row, start, begin, end, own, rates, status_ptr,
+                    _Options(PRIMAL, GAIN, MOMENTUM, NESTEROV, DECAY, ANCHOR, DUAL, DUAL_INIT),
+                    K, PARAM, GRAD, STATE, NARROW, False,
+                )
 
 
 def step_(
@@ -302,7 +297,7 @@ def step_(
 ) -> Tensor:
     r"""One mirror step of every parameter, in place, without synchronising.
 
-    One launch for each combination of dtypes, K and kind of gain in the list: one, as a rule.
+    One launch for each combination of dtypes and K in the list: one, as a rule.
     Tensors that are neither contiguous nor channels-last are copied there and back. Autograd does
     not see the change.
 
@@ -310,7 +305,7 @@ def step_(
         params: float32, bfloat16 or float16, of any shape.
         grads: as ``params``.
         lr: a number, or a tensor with one element, read where it is.
-        gains: float32, shaped as the parameter or ``(C,)``; None: 1.
+        gains: float32, shaped as the parameters; None: 1.
         ws, ss, cs: coefficients of psi, float32 ``(K, C)``; a parameter is seen as ``(C, n)``.
         primal: S is grad h, else grad h*.
         buffers: momentum b, changed; needed when ``momentum`` is not 0.
@@ -318,8 +313,8 @@ def step_(
         duals: zeta, float32, changed; None: a stateless step.
         dual_inits: z_0, float32; None: 0.
         momentum, nesterov, weight_decay, maximize: as in ``mirror_opt.MirrorDescent``.
-        grad_scale: one element; the gradients are divided by it.
-        found_inf: one element; unless it is 0 nothing changes.
+        grad_scale: one element, on any device; the gradients are divided by it.
+        found_inf: one element, on any device; unless it is 0 nothing changes.
         status: int32 ``(1,)``, raised to the worst ``newton.Status``; None: a new one.
 
     Returns:
@@ -336,6 +331,7 @@ def step_(
     lists = (params, grads, gains, buffers, anchors, duals, dual_inits, ws, ss, cs)
     if status is None:
         status = torch.zeros(1, dtype=torch.int32, device=device)
+    grad_scale, found_inf = (None if x is None else x.to(device) for x in (grad_scale, found_inf))
     on_device = isinstance(lr, Tensor) and lr.device == device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         launches, copies = plans.plan(lists, device)

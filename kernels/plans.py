@@ -19,20 +19,18 @@ from torch import Tensor
 from mirror_opt.errors import InputError
 from mirror_opt.kernels.separable import check_device
 
-__all__ = ["CHANNEL", "ELEMENT", "FIELDS", "NARROW", "NONE", "WIDE", "Item", "Launch", "plan"]
+__all__ = ["FIELDS", "NARROW", "WIDE", "Item", "Launch", "plan"]
 
 # Entries of a tile: eight to a thread of a warp where all are of one channel, which is two accesses
 # of 16 bytes for float32 and one for a half precision; else one to a thread, which then has room
 # for coefficients of its own. Channels below _SHORT would leave half of a wide tile idle.
 WIDE, NARROW, _SHORT = 256, 32, 128
-# A program does a stretch of a channel, of up to so many entries; but work is cut into about
-# _PROGRAMS programs first, which fill a large GPU.
-_STRETCH, _PROGRAMS = 2048, 2048
+# A program does a stretch of up to so many tiles; but work is cut into about _PROGRAMS programs
+# first, of wide tiles, which fill a large GPU, and into eight times as many of narrow ones.
+_TILES, _NARROW_TILES, _PROGRAMS = 8, 16, 2048
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# Kinds of gain, and the columns of the table of tensors.
-NONE, CHANNEL, ELEMENT = range(3)
-FIELDS = 12
+FIELDS = 12  # the columns of the table of tensors
 
 Lists = tuple[Sequence[Tensor] | None, ...]
 
@@ -170,7 +168,8 @@ def _programs(shapes: Sequence[tuple[int, int, bool]]) -> Tensor:
     # Shorter stretches where there is too little work to fill a large GPU with long ones.
     arange = partial(torch.arange, device="cpu")  # whatever the default
     total = sum(channels * n for channels, n, _ in shapes)
-    stretch = min(max(total // _PROGRAMS // WIDE, 1) * WIDE, _STRETCH)
+    stretch = min(max(total // _PROGRAMS // WIDE, 1), _TILES) * WIDE
+    narrow = min(max(total // (8 * _PROGRAMS) // NARROW, 1), _NARROW_TILES) * NARROW
     rows = []
     for i, (channels, n, wide) in enumerate(shapes):
         if wide:
@@ -179,9 +178,9 @@ def _programs(shapes: Sequence[tuple[int, int, bool]]) -> Tensor:
             begin = channel * n + arange(pieces).repeat(channels) * stretch
             end = torch.minimum(begin + stretch, (channel + 1) * n)
         else:
-            begin = arange(0, channels * n, NARROW)
+            begin = arange(0, channels * n, narrow)
             channel = torch.full_like(begin, -1)
-            end = (begin + NARROW).clamp(max=channels * n)
+            end = (begin + narrow).clamp(max=channels * n)
         rows.append(torch.stack([torch.full_like(begin, i), channel, begin, end], 1))
     return torch.cat(rows)
 
@@ -201,8 +200,6 @@ def _check(item: Item, device: torch.device) -> None:
     dtypes_of |= dict.fromkeys(("param", "grad", "buffer", "anchor"), floats)
     for name, x in item._asdict().items():
         shapes = [tuple(w.shape)] if name in "wsc" else [shape]
-        if name == "gain":
-            shapes.append((channels,))
         if x is not None and x.device != device:
             raise InputError(f"Invalid {name} on {x.device}: pass tensors on {device}")
         if x is not None and (x.dtype not in dtypes_of[name] or tuple(x.shape) not in shapes):
@@ -278,10 +275,7 @@ def _plan_launches(items: Sequence[Item], device: torch.device) -> list[Launch]:
     groups = defaultdict(list)
     for item in items:
         state = next((x.dtype for x in (item.buffer, item.anchor) if x is not None), torch.float32)
-        gain = NONE if item.gain is None else ELEMENT
-        if item.gain is not None and item.gain.shape != item.param.shape:
-            gain = CHANNEL
-        key = (item.param.dtype, item.grad.dtype, state, item.w.shape[0], gain)
+        key = (item.param.dtype, item.grad.dtype, state, item.w.shape[0], item.gain is not None)
         groups[key].append(item.fields())
     launches = []
     for (param, grad, state, k, gain), rows in groups.items():

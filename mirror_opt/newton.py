@@ -79,7 +79,7 @@ class Solution:
     """The result of a solve.
 
     Attributes:
-        value: the root, shaped as the target.
+        value: the root, shaped as the target; of ``solve_monotone`` NaN where it was not found.
         status: the worst ``Status`` over all elements.
         iterations: Newton steps or bisections taken by the slowest element.
         residual: the largest ``|f(value) - target|`` relative to the scale of the tolerance.
@@ -167,6 +167,8 @@ def solve_monotone(
     else:
         status = Status.CONVERGED
     worst = float(relative.max()) if relative.numel() else 0.0
+    if status is not Status.CONVERGED:
+        y = y.where(converged & torch.isfinite(relative) & finite, math.nan)
     return Solution(y, status, iterations, worst)
 
 

@@ -173,6 +173,17 @@ def test_models_of_half_precision(name, dtype):
 
 
 @pytest.mark.parametrize("guard", [False, True])
+def test_small_steps_of_half_precision_add_up(guard):
+    # 1e-4 times a gradient of 1e-4 is no number of float16; that of many steps is one.
+    net = nn.Linear(1, 1, bias=False).half()
+    nn.init.zeros_(net.weight)
+    learner = MetaLearner(net, maps.Euclidean(), lr=1e-4, steps=200)
+    one = torch.ones(1, 1, dtype=torch.float16)
+    adapted = learner.adapt(lambda p, y: -1e-4 * p.float().sum(), one, one, guard=guard)
+    assert adapted.params["weight"].item() == pytest.approx(2e-6, rel=0.05)
+
+
+@pytest.mark.parametrize("guard", [False, True])
 def test_adaptation_in_inference_mode(guard):
     net = model()
     learner = MetaLearner(net, maps.Diagonal(net.parameters()), lr=0.1, steps=3, engine="vmap")
@@ -268,6 +279,9 @@ def test_bad_calls():
         learner.adapt(F.mse_loss, *(x[0] for x in data()[:2]), guard="Auto")
     with pytest.raises(InputError, match="one or more"):
         learner.evaluate(F.mse_loss, F.mse_loss, *data(), adapt_steps=[])
+    for bad in (2.5, None, -1):
+        with pytest.raises(InputError, match="pass"):
+            learner.evaluate(F.mse_loss, F.mse_loss, *data(), adapt_steps=[1, bad, 5])
 
 
 def test_its_error_is_copied_and_pickled():

@@ -72,6 +72,12 @@ def test_status_is_data_and_elements_are_independent():
     with pytest.raises(NewtonError, match="lower rate") as caught:
         short.unwrap()
     assert caught.value.status is Status.MAX_ITERATIONS
+    done = short.value.isfinite()
+    assert 0 < done.sum() < len(t)  # zero is where it starts
+    with_nan = solve_psi(torch.cat([t, t.new_tensor([math.nan])]), units, max_iterations=1)
+    assert with_nan.status is Status.NONFINITE
+    residual = reference.psi(with_nan.value, units) - torch.cat([t, t[:1]])
+    assert not (residual.abs() > 1e-12).any()  # what was not solved is NaN
     # An element's answer does not depend on its company.
     alone = torch.cat([solve_psi(t[i : i + 1], units).value for i in range(0, 101, 25)])
     assert torch.equal(alone, full.value[::25])

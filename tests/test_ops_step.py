@@ -356,6 +356,16 @@ def test_lists_that_do_not_fit_are_refused_before_anything_changes():
     attempt(r"anchors\[0\] is torch.float64", anchors=lambda xs: [
         torch.zeros(3, 4, dtype=torch.float64), torch.zeros(5)])
     attempt(r"grads\[0\] is torch.int64", grads=lambda xs: [xs[0].long(), xs[1]])
+    attempt(r"anchors\[1\] is on meta: pass all tensors on cpu",
+            anchors=lambda xs: [torch.zeros(3, 4), torch.zeros(5, device="meta")])
+    for status in (torch.zeros(()), torch.zeros(2, dtype=torch.int32),
+                   torch.zeros((), dtype=torch.int32, device="meta")):
+        attempt("status is of .*: pass one int32 on cpu", options={"status": status})
+    for scalar in (torch.ones(2), torch.ones((), device="meta")):
+        attempt("found_inf has shape", options={"found_inf": scalar})
+        attempt("grad_scale has shape", options={"grad_scale": scalar})
+        with pytest.raises(InputError, match="lr has shape"):
+            Lists().step(scalar)
 
 
 def random_float_units(columns):

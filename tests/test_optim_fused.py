@@ -24,7 +24,7 @@ VARIANTS = [v for v in maps.SeparableNeural.variants if v.get("sigma", "algebrai
 def taken(monkeypatch):
     """The coefficients of the fused steps that were taken, in one call or after a look."""
     steps = []
-    take, attempt = fused.SeparableStep.take, fused.attempt
+    take, attempt = fused.SeparableStep._take, fused.attempt
 
     def record(self, found_inf, grad_scale):
         steps.append(self.coefficients)
@@ -36,7 +36,7 @@ def taken(monkeypatch):
             steps.append(fused._cache[lists.group["mirror_map"]])
         return status
 
-    monkeypatch.setattr(fused.SeparableStep, "take", record)
+    monkeypatch.setattr(fused.SeparableStep, "_take", record)
     monkeypatch.setattr(optimizer_module, "attempt", record_attempt)
     return steps
 
@@ -418,3 +418,40 @@ def test_a_map_that_was_built_in_inference_mode():
         p.grad = torch.ones(3)
         optimizer.step()
     torch.testing.assert_close(p.detach(), torch.full((3,), 0.8))
+
+
+@pytest.mark.parametrize("kind", [fused.SeparableStep, fused.EuclideanStep])
+def test_scale_and_flag_of_another_device_are_moved_to_the_parameters(kind, monkeypatch):
+    # The flag is that of all groups, which may be on several devices.
+    param = torch.ones(3, device="meta")
+    lists = optimizer_module.Lists({}, [0], [param], [param], [], [], [], [])
+    step = kind(*([lists, None] if kind is fused.SeparableStep else [lists]))
+    monkeypatch.setattr(kind, "_take", lambda self, *scalars: scalars)
+    assert all(x.is_meta for x in step.take(torch.zeros(()), torch.ones(())))
+    assert step.take(None, None) == (None, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("order", [("cpu", "cuda"), ("cuda", "cpu")])
+@pytest.mark.parametrize("name", ["separable", "euclidean"])
+def test_groups_on_two_devices(name, order):
+    ends = []
+    for devices in (order, ("cpu", "cpu")):
+        groups, params = [], []
+        for seed, device in enumerate(devices):
+            mine = [p.detach().to(device) for p in start(name, {}, torch.float32, seed)]
+            mine = [p.requires_grad_() for p in mine]
+            owned = mine if maps.REGISTRY[name].owns_tensors else []
+            groups.append({"params": mine, "mirror_map": maps.create(name, owned)})
+            params += mine
+        optimizer = MirrorDescent(groups, torch.tensor(0.1), nonfinite="skip")
+        for scale in (1.0, 4.0):
+            for p in params:
+                p.grad = torch.full_like(p, scale)
+            optimizer.grad_scale = torch.tensor(scale, device=devices[0])
+            optimizer.found_inf = torch.zeros((), device=devices[0])
+            optimizer.step()
+        ends.append([p.detach().cpu() for p in params])
+    for x, y in zip(*ends, strict=True):
+        torch.testing.assert_close(x, y)

@@ -49,8 +49,8 @@ class Tensors:
         ]
         self.gains = None
         if gains:
-            of = [(c,) if gains == "channel" else shape for shape, c in shapes]
-            self.gains = [torch.rand(s, generator=generator).add(0.5).to(device) for s in of]
+            drawn = [torch.rand(shape, generator=generator) for shape, _ in shapes]
+            self.gains = [x.add(0.5).to(device) for x in drawn]
         self.buffers = normal(state) if options.get("momentum") else None
         self.anchors = normal(state, 0.1) if anchor else None
         self.duals = normal(torch.float32) if dual else None
@@ -146,7 +146,6 @@ VARIANTS = {
     "primal": {},
     "no gain, nine units": {"gains": False, "count": 9},
     "no units": {"count": 0},
-    "gain for each channel": {"gains": "channel"},
     "dual": {"primal": False, "anchor": True},
     "momentum": {"momentum": 0.9, "anchor": True},
     "nesterov, maximize": {"momentum": 0.8, "nesterov": True, "maximize": True},

@@ -33,6 +33,7 @@ def stability() -> str:
         body.append(
             [
                 variant,
+                f"{mine[0]['init_lr']:g}, {mine[0]['map_lr']:g}",
                 cell("none", 10),
                 cell("none", last),
                 cell("past the trained steps", 10),
@@ -43,6 +44,7 @@ def stability() -> str:
         )
     head = [
         "method",
+        "rates (init, map)",
         "10 steps",
         "100 steps",
         "10 steps, guarded",
@@ -54,8 +56,9 @@ def stability() -> str:
     title = (
         f"Sinusoid, trained at one inner step: query MSE, mean over {seeds} seeds and "
         f"{rows[0]['test_tasks']} tasks each. A seed counts as diverged where its mean is above "
-        f"{DIVERGED:g} or not finite, for which one task is enough. The picture leaves first-order "
-        "MAML and ANIL out."
+        f"{DIVERGED:g} or not finite, for which one task is enough. The meta learning rates are "
+        "those of the table below, found at five inner steps, and MAML's for first-order MAML and "
+        "ANIL, which the picture leaves out."
     )
     picture = "![Stability](docs/images/stability.png)"
     return f"{picture}\n\n{title}\n\n{table(head, body)}\n\n{circumstances(rows)}"

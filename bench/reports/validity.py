@@ -1,7 +1,7 @@
 """Is every map a valid distance?"""
 
 from results import read_rows
-from validity import valid
+from validity import missing, valid
 
 from reports.frame import PENDING, circumstances, part, table
 
@@ -12,12 +12,14 @@ def validity_summary() -> str:
     if not rows:
         return PENDING
     trained = [r for r in rows if r["trained"]]
+    pending = len(missing())
     return (
         f"{sum(map(valid, rows))} of {len(rows)} checks passed ({len(trained)} of them after "
         f"training): largest relative error of a round trip "
         f"{max(r['round_trip_float32'] for r in rows):.0e}, largest asymmetry "
         f"{max(r['asymmetry'] for r in rows):.0e}, smallest eigenvalue "
         f"{min(r['eigenvalue_min'] for r in rows):.1g}."
+        + f" *{pending} checks have no rows yet.*" * bool(pending)
     )
 
 

@@ -217,10 +217,7 @@ def _solve(target: Tensor, units: Units, sigma: str) -> tuple[Tensor, Tensor]:
         scale=target.abs() + bracket,
     )
     status = torch.tensor(int(solution.status), dtype=torch.int32, device=target.device)
-    if solution.status is Status.CONVERGED:
-        return solution.value, status
-    good = solution.value.isfinite() & (solution.status is Status.NONFINITE)
-    return solution.value.where(good, math.nan), status
+    return solution.value, status
 
 
 def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:

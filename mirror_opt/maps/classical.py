@@ -126,7 +126,7 @@ def _near_root(t: Tensor, p: float, eps: float, upper: Tensor) -> Tensor:
 # An operator, so that torch.compile passes over the solve, whose length depends on the values.
 @torch.library.custom_op("mirror_opt::pnorm_root", mutates_args=())
 def _pnorm_root(t: Tensor, p: float, eps: float) -> tuple[Tensor, Tensor]:
-    """The root, and the status of the solve, 0-dim int32; NaN or Inf if it failed."""
+    """The root, NaN where the solve failed, and its status, 0-dim int32."""
     if not t.numel():
         return t.clone(), torch.zeros((), dtype=torch.int32)
 
@@ -138,10 +138,7 @@ def _pnorm_root(t: Tensor, p: float, eps: float) -> tuple[Tensor, Tensor]:
     upper = torch.minimum(t ** (1 / (p - 1)), t / eps)
     start = _near_root(t, p, eps, upper)
     solution = solve_monotone(f, t, torch.zeros_like(t), upper, start=start)
-    root = solution.value.clamp(min=0)
-    if solution.status is Status.MAX_ITERATIONS:
-        root = torch.full_like(root, math.nan)
-    return root, torch.tensor(solution.status, dtype=torch.int32)
+    return solution.value.clamp(min=0), torch.tensor(solution.status, dtype=torch.int32)
 
 
 @_pnorm_root.register_fake

@@ -15,9 +15,10 @@ from mirror_opt.errors import InputError
 from mirror_opt.maps.base import MirrorMap, dot
 from mirror_opt.newton import NewtonError
 
-__all__ = ["InnerLoop", "LossFn", "Step", "over_tasks"]
+__all__ = ["InnerLoop", "LossFn", "Step", "moved", "over_tasks"]
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
+Tensors = tuple[Tensor, ...]
 
 
 def _twice_differentiable() -> contextlib.AbstractContextManager:
@@ -47,6 +48,11 @@ def over_tasks(function: Callable) -> Callable:
             raise
 
     return call
+
+
+def moved(zeta: Tensors, rate: Tensor, gradient: Tensors) -> Tensors:
+    """zeta - rate g, whose product is taken in the dtype of zeta: half's would lose it."""
+    return tuple(z - rate * g.to(z.dtype) for z, g in zip(zeta, gradient, strict=True))
 
 
 class Step(NamedTuple):
@@ -229,11 +235,11 @@ class InnerLoop:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not first_order):
                 gradient, loss = self.gradient(params, loss_fn, x, y)
             rate = self.rate(k)
-            zeta = tuple(z - rate * g for z, g in zip(zeta, gradient, strict=True))
-            moved = self.primal(zeta, start)
+            zeta = moved(zeta, rate, gradient)
+            new = self.primal(zeta, start)
             slope = None
             if slopes:
-                move = tuple(m - p for m, p in zip(moved, params, strict=True))
+                move = tuple(n - p for n, p in zip(new, params, strict=True))
                 slope = self.each(dot, gradient, move).detach()
-            params = moved
+            params = new
             yield Step(params, loss, slope)

@@ -301,17 +301,15 @@ class MetaLearner(nn.Module):
         Raises:
             InputError: ``adapt_steps`` or ``guard`` is out of range.
         """
-        if not adapt_steps:
+        if not adapt_steps or None in adapt_steps:
             raise InputError(f"Invalid {adapt_steps=}: pass one or more numbers of steps")
-        wanted = sorted(set(adapt_steps))
-        steps = self._check_steps(wanted[-1])
-        self._check_steps(wanted[0])
+        steps = max(map(self._check_steps, adapt_steps))
         runner = self._runner(guard, steps)
 
         def task(inner: InnerLoop, sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor):
             metrics, trail = {}, []
             for k, step in enumerate(runner(inner, loss_fn, sx, sy, steps, slopes=True)):
-                if k in wanted:
+                if k in adapt_steps:
                     metrics[k] = metric_fn(inner.predict(step.params, qx), qy)
                 trail.append(step)
 

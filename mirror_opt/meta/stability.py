@@ -31,7 +31,7 @@ from torch import Tensor
 
 from mirror_opt.dtypes import at_least_float32
 from mirror_opt.maps.base import dot
-from mirror_opt.meta.inner import InnerLoop, LossFn, Step
+from mirror_opt.meta.inner import InnerLoop, LossFn, Step, moved
 
 __all__ = ["guarded_run"]
 
@@ -43,10 +43,6 @@ _RELATIVE_SLACK, _ABSOLUTE_SLACK = 1e-6, 1e-10  # rounding of the loss is not a 
 
 def _all_finite(tensors: tuple[Tensor, ...]) -> Tensor:
     return torch.stack([torch.isfinite(t).all() for t in tensors]).all()
-
-
-def _moved(zeta: tuple[Tensor, ...], a: Tensor, gradient: tuple[Tensor, ...]) -> tuple:
-    return tuple(z - a * g for z, g in zip(zeta, gradient, strict=True))
 
 
 def _select(accept: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple:
@@ -87,7 +83,7 @@ def guarded_run(
     for k in range(steps):
         alpha = inner.rate(k)
         a = size * alpha
-        candidate_zeta = inner.each(_moved, zeta, a, gradient)
+        candidate_zeta = inner.each(moved, zeta, a, gradient)
         candidate = inner.primal(candidate_zeta, start)
         new_gradient, new_loss = evaluate(candidate)
         with torch.no_grad():

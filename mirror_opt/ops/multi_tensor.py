@@ -193,12 +193,29 @@ def separable_step_(
                         f"beside params[{i}] of {p.dtype}"
                     )
     device = params[0].device if params else None
+    ws, ss, cs = ([u[k] for u in units] for k in range(3))
+    every = {**lists, "params": params, "units": [*ws, *ss, *cs]}
+    for name, tensors in every.items():
+        for i, x in enumerate(tensors):
+            if x.device != device:
+                raise InputError(f"{name}[{i}] is on {x.device}: pass all tensors on {device}")
     if status is None:
         status = torch.zeros((), dtype=torch.int32, device=device)
+    elif status.dtype != torch.int32 or status.numel() != 1 or device not in (None, status.device):
+        raise InputError(
+            f"status is of {status.dtype}, shape {tuple(status.shape)}, on {status.device}: pass "
+            f"one int32 on {device}"
+        )
+    scalars = {"lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
+    for name, x in scalars.items():
+        if isinstance(x, Tensor) and (x.numel() != 1 or not (x.is_cpu or x.device == device)):
+            raise InputError(
+                f"{name} has shape {tuple(x.shape)}, on {x.device}: pass one element, on the CPU "
+                f"or on {device}"
+            )
     if not isinstance(lr, Tensor):
         # Read there, wherever the parameters and whatever the default device are.
         lr = torch.tensor(lr, dtype=torch.float64, device="cpu")
-    ws, ss, cs = ([u[k] for u in units] for k in range(3))
     step_lists(
         params, grads, lr, gains, ws, ss, cs, buffers, anchors, duals, dual_inits,
         grad_scale, found_inf, status, momentum, weight_decay, nesterov, maximize, primal, sigma,

@@ -78,7 +78,8 @@ class FusedStep:
         half = any(p.dtype == torch.float16 for p in params)
         flag = exceeds(read, _BOUND if self.moderate and not half else -1.0)
         rate = as_scalar(group["lr"]) * _growth(group)
-        if isinstance(rate, Tensor):  # which may be on an accelerator, or on the CPU beside one
+        if isinstance(rate, Tensor):
+            rate = _readable(rate, flag.device)
             flag = torch.clamp(flag + (~(rate.abs() <= _SCALE)).float(), max=1.0)
         elif not abs(rate) <= _SCALE:
             flag = torch.ones_like(flag)
@@ -86,7 +87,18 @@ class FusedStep:
         return flag if grad_scale is None else torch.maximum(flag, (grad_scale < 1).to(flag))
 
     def take(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> Status | None:
-        """Takes the step; the status, None on an accelerator and in compiled code."""
+        """Takes the step; the status, None on an accelerator and in compiled code.
+
+        Args:
+            found_inf, grad_scale: one element, on any device: other groups may be on others.
+        """
+        device = self.lists.params[0].device
+        found_inf, grad_scale = (
+            None if x is None else x.to(device) for x in (found_inf, grad_scale)
+        )
+        return self._take(found_inf, grad_scale)
+
+    def _take(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> Status | None:
         raise NotImplementedError
 
 
@@ -100,12 +112,14 @@ class SeparableStep(FusedStep):
     def moderate(self) -> bool:
         return self.coefficients.moderate
 
-    def take(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> Status | None:
+    def _take(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> Status | None:
         group, slots, params, grads, buffers, anchors, dual_inits, duals = self.lists
         mirror_map = group["mirror_map"]
         gains, w, s, c = self.coefficients.of(slots)
         lr = as_scalar(group["lr"])
-        if not isinstance(lr, Tensor):
+        if isinstance(lr, Tensor):
+            lr = _readable(lr, params[0].device)
+        else:
             lr = torch.tensor(lr, dtype=torch.float64, device="cpu")  # whatever the default
         status = torch.zeros((), dtype=torch.int32, device=params[0].device)
         step_lists(
@@ -123,9 +137,11 @@ class SeparableStep(FusedStep):
 class EuclideanStep(FusedStep):
     """By the functions of ``torch.optim.SGD``, after a decay of the weights that is AdamW's."""
 
-    def take(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> Status | None:
+    def _take(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> Status | None:
         group, _, params, grads, buffers, *_ = self.lists
         lr, decay = as_scalar(group["lr"]), group["weight_decay"]
+        if isinstance(lr, Tensor):
+            lr = _readable(lr, params[0].device)
         if decay != 0:
             factor = 1 - lr * decay
             if found_inf is not None:
@@ -181,6 +197,11 @@ def attempt(lists: Lists, grad_scale: Tensor | None) -> Status | None:
         return None
     torch.autograd.graph.increment_version((*params, *buffers, *duals))
     return Status(status)
+
+
+def _readable(x: Tensor, device: torch.device) -> Tensor:
+    """A 0-dim tensor on that device, or on the CPU, whose numbers every device takes."""
+    return x if x.is_cpu else x.to(device)
 
 
 def _growth(group: Group) -> float:
