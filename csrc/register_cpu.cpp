@@ -48,11 +48,15 @@ template <> const Kernels<float>& kernels() { return active.load()->f32; }
 template <> const Kernels<double>& kernels() { return active.load()->f64; }
 
 template <class T> T* data(const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); }
+// What is only read may be shared: asking for memory to write to would copy it first.
+template <class T> const T* read(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
 
 template <class T>
 Map<T> make_map(const Tensor& u, const Tensor& gain, const Tensor& w, const Tensor& s,
                 const Tensor& c) {
-  return {data<T>(gain), data<T>(w), data<T>(s), data<T>(c), u.size(0), u.size(1), w.size(1),
+  return {read<T>(gain), read<T>(w), read<T>(s), read<T>(c), u.size(0), u.size(1), w.size(1),
           gain.size(0), static_cast<int>(w.size(0))};
 }
 
@@ -66,7 +70,7 @@ Tensor forward(Tensor u, Tensor gain, Tensor w, Tensor s, Tensor c) {
     using T = decltype(type);
     const auto map = make_map<T>(u, gain, w, s, c);
     torch::stable::parallel_for(0, u.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      kernels<T>().forward(map, data<T>(u), data<T>(out), begin, end);
+      kernels<T>().forward(map, read<T>(u), data<T>(out), begin, end);
     });
   });
   return out;
@@ -88,7 +92,7 @@ std::tuple<Tensor, int64_t> inverse(Tensor t, Tensor gain, Tensor w, Tensor s, T
     using T = decltype(type);
     const auto map = make_map<T>(t, gain, w, s, c);
     return worst(t.numel(), [&](int64_t begin, int64_t end) {
-      return kernels<T>().inverse(map, data<T>(t), data<T>(out), begin, end);
+      return kernels<T>().inverse(map, read<T>(t), data<T>(out), begin, end);
     });
   });
   return {out, status};
@@ -101,7 +105,7 @@ std::tuple<Tensor, int64_t> step(Tensor x, Tensor g, double lr, Tensor gain, Ten
     using T = decltype(type);
     const auto map = make_map<T>(x, gain, w, s, c);
     return worst(x.numel(), [&](int64_t begin, int64_t end) {
-      return kernels<T>().step(map, data<T>(x), data<T>(g), static_cast<T>(lr), data<T>(out),
+      return kernels<T>().step(map, read<T>(x), read<T>(g), static_cast<T>(lr), data<T>(out),
                                begin, end);
     });
   });
@@ -130,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const int64_t grain = std::max<int64_t>(kGrain / std::max<int64_t>(std::min(size, kSegment), 1), 1);
     torch::stable::parallel_for(0, columns * segments, grain, [&](int64_t begin, int64_t end) {
       auto run = inverted ? kernels<T>().inverse_backward : kernels<T>().backward;
-      run(map, data<T>(grad), data<T>(at), to, begin, end);
+      run(map, read<T>(grad), read<T>(at), to, begin, end);
     });
     if (segments == 1) return;
     // Always in the same order, whatever the number of threads.
@@ -176,9 +180,9 @@ std::vector<Entry<T>> entries_of(const Lists& lists, const std::vector<Map<T>>& 
   std::vector<Entry<T>> entries;
   entries.reserve(maps.size());
   for (size_t i = 0; i < maps.size(); ++i) {
-    entries.push_back({maps[i], stored(lists.params, i), stored(lists.grads, i),
-                       stored(lists.buffers, i), stored(lists.anchors, i), stored(lists.duals, i),
-                       stored(lists.dual_inits, i)});
+    entries.push_back({maps[i], changed(lists.params, i), stored(lists.grads, i),
+                       changed(lists.buffers, i), stored(lists.anchors, i),
+                       changed(lists.duals, i), stored(lists.dual_inits, i)});
   }
   return entries;
 }
@@ -228,8 +232,8 @@ int64_t step_(Tensors params, Tensors grads, Tensors gains, Tensors w, Tensors s
     using T = decltype(type);
     std::vector<Map<T>> maps;
     for (size_t i = 0; i < params.size(); ++i) {
-      const T* gain = gains.empty() ? nullptr : data<T>(gains[i]);
-      maps.push_back(map_of<T>(gain, data<T>(w[i]), data<T>(s[i]), data<T>(c[i]), w[i].size(0),
+      const T* gain = gains.empty() ? nullptr : read<T>(gains[i]);
+      maps.push_back(map_of<T>(gain, read<T>(w[i]), read<T>(s[i]), read<T>(c[i]), w[i].size(0),
                                w[i].size(1), params[i].numel()));
     }
     const Lists lists{params, grads, buffers, anchors, duals, dual_inits};
@@ -263,7 +267,7 @@ int64_t attempt(Tensors params, Tensors grads, Tensors buffers, Tensors anchors,
                 double scale, bool nesterov, bool primal, double bound) {
   return with_dtype(params[0], [&](auto type) -> int64_t {
     using T = decltype(type);
-    const int64_t* rows = data<int64_t>(table);
+    const int64_t* rows = read<int64_t>(table);
     const size_t count = params.size();
     if (table.size(0) != static_cast<int64_t>(count)) return kRefused;
     for (size_t i = 0; i < count; ++i) {
@@ -293,9 +297,9 @@ bool exceeds(Tensors xs, double bound) {
     STD_TORCH_CHECK(storage(x) != Storage::other, "mirror_opt exceeds: a dtype it does not take");
     const bool found = with_dtype(x, [&](auto type) {
       using T = decltype(type);
-      const Stored stored{x.mutable_data_ptr(), storage(x)};
+      const Stored read = stored(x);
       return worst(x.numel(), [&](int64_t begin, int64_t end) {
-        return kernels<T>().exceeds(stored, static_cast<T>(bound), begin, end) ? 1 : 0;
+        return kernels<T>().exceeds(read, static_cast<T>(bound), begin, end) ? 1 : 0;
       }) != 0;
     });
     if (found) return true;

@@ -102,8 +102,8 @@ void step_(Tensors params, Tensors grads, Tensor lr, Tensors gains, Tensors w, T
     STD_TORCH_CHECK(more <= INT32_MAX, "mirror_opt step_: a tensor of ", total, " elements in ",
                     columns, " rows needs too many blocks: split it");
     if (launch.count == kMaxEntries || blocks + more > INT32_MAX) flush();
-    launch.entries[launch.count++] = {stored(params, i), stored(grads, i), stored(buffers, i),
-                                      stored(anchors, i), stored(duals, i), stored(dual_inits, i),
+    launch.entries[launch.count++] = {changed(params, i), stored(grads, i), changed(buffers, i),
+                                      stored(anchors, i), changed(duals, i), stored(dual_inits, i),
                                       floats(gains, i), floats(w, i), floats(s, i), floats(c, i),
                                       n, columns, static_cast<int>(blocks)};
     blocks += more;

@@ -21,7 +21,17 @@ inline Storage storage(const torch::stable::Tensor& x) {
   }
 }
 
+// A tensor that is only read, which may be shared: asking for memory to write to would copy it first.
+inline Stored stored(const torch::stable::Tensor& x) {
+  return {const_cast<void*>(x.const_data_ptr()), storage(x)};
+}
+
 inline Stored stored(const Tensors& list, size_t i) {
+  return list.empty() ? Stored{nullptr, Storage::f32} : stored(list[i]);
+}
+
+// One that is written to.
+inline Stored changed(const Tensors& list, size_t i) {
   if (list.empty()) return {nullptr, Storage::f32};
   return {list[i].mutable_data_ptr(), storage(list[i])};
 }

@@ -63,12 +63,13 @@ def _load(ptr, at, inside):
 
 @triton.jit
 def _store_solved(out_ptr, status_ptr, at, inside, y):
-    """Stores y; where it is not finite NaN, and the status."""
-    if any_true((tl.abs(y) < float("inf")) == 0):
+    """Stores y; where it is not finite, as it is stored, NaN, and the status."""
+    finite = tl.abs(y.to(out_ptr.dtype.element_ty).to(tl.float32)) < float("inf")
+    if any_true(finite == 0):
         # As newton.Status; see ``solve`` for what tells one from the other.
-        code = tl.where(tl.abs(y) < float("inf"), 0, tl.where(y == float("inf"), 1, 2))
+        code = tl.where(finite, 0, tl.where(y == float("inf"), 1, 2))
         tl.atomic_max(status_ptr, tl.max(code))
-        y = tl.where(tl.abs(y) < float("inf"), y, float("nan"))
+        y = tl.where(finite, y, float("nan"))
     tl.store(out_ptr + at, y, mask=inside)
 
 
@@ -221,7 +222,7 @@ def backward(
     With ``inverted`` those of S^-1, whose value is ``at``. The gain's is ``(rows, n)`` float32: one
     for each entry.
     """
-    _check(at, gain, (w, s, c), grad=grad)
+    _check(gain, (w, s, c), at=at, grad=grad)
     (rows, n), (units, columns) = at.shape, w.shape
     grad_u, grad_gain = torch.empty_like(at), torch.empty_like(at, dtype=torch.float32)
     sums = [torch.zeros_like(x) for x in (w, s, c)]
@@ -249,7 +250,7 @@ def _map(
     kind: tl.constexpr, x: Tensor, g: Tensor | None, lr: Tensor | None, gain: Tensor,
     units: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    _check(x, gain, units, g=x if g is None else g)
+    _check(gain, units, x=x, **({} if g is None else {"g": g}))
     (rows, n), (count, columns) = x.shape, units[0].shape
     out = torch.empty_like(x)
     status = torch.zeros((), dtype=torch.int32, device=x.device)
@@ -277,15 +278,16 @@ def check_device(x: Tensor) -> None:
         )
 
 
-def _check(
-    x: Tensor, gain: Tensor, units: tuple[Tensor, Tensor, Tensor], **others: Tensor
-) -> None:
+def _check(gain: Tensor, units: tuple[Tensor, Tensor, Tensor], **xs: Tensor) -> None:
+    """Raises InputError unless the tensors fit the first of ``xs``."""
+    x, w = next(iter(xs.values())), units[0]
     check_device(x)
-    w = units[0]
     wanted = {"gain": (gain, (gain.shape[0], x.shape[-1]), _DTYPES[:1])}
     wanted |= {name: (y, w.shape, _DTYPES[:1]) for name, y in zip("wsc", units, strict=True)}
-    wanted |= {name: (y, x.shape, _DTYPES) for name, y in others.items()}
+    wanted |= {name: (y, x.shape, _DTYPES) for name, y in xs.items()}
     for name, (y, shape, dtypes) in wanted.items():
+        if y.device != x.device:
+            raise InputError(f"Invalid {name} on {y.device}: pass tensors on {x.device}")
         if y.dim() != 2 or y.shape != shape or y.dtype not in dtypes or not y.is_contiguous():
             raise InputError(
                 f"Invalid {name} of shape {tuple(y.shape)}, dtype {y.dtype} and strides "

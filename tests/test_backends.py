@@ -93,7 +93,7 @@ def test_a_chosen_backend_does_not_give_way(options, reason):
 def test_a_map_says_what_its_backend_lacks():
     x = torch.ones(3)
     separable = maps.SeparableNeural([x], parametrization="primal", sigma="tanh")
-    with use_backend("cpp"), pytest.raises(InputError, match="'cpp' does not serve separable_forw"):
+    with use_backend("cpp"), pytest.raises(InputError, match="serve the operator forward"):
         separable([x])
     assert torch.equal(separable([x])[0], x)
 
@@ -142,7 +142,7 @@ def test_cuda_is_chosen_where_triton_is_not(monkeypatch):
 )
 def test_what_cuda_does_not_serve(x, units, sigma, reason, monkeypatch):
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    message = f"backend 'cuda' does not serve separable_step_: .*{reason}"
+    message = f"backend 'cuda' does not serve the operator step_: .*{reason}"
     with use_backend("cuda"), pytest.raises(InputError, match=message):
         backends.choose("step_", x, units, sigma)
 

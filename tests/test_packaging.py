@@ -100,7 +100,7 @@ def test_a_clean_installation_runs(kind, compiler, source, sdist, tmp_path):
     wheel = build("build_wheel", tree, tmp_path / "wheels", **flag)
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.endswith("libmirror_opt_cpu.so") for name in names) == compiler
-    assert "mirror_opt/kernels/separable.py" in names
+    assert {"mirror_opt/kernels/separable.py", "mirror_opt/py.typed"} <= set(names)
     assert not any(name.startswith(("tests", "bench", "csrc")) for name in names)
     python, site = installed(wheel, tmp_path / "environment")
     elsewhere = tmp_path / "elsewhere"

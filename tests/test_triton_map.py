@@ -163,6 +163,24 @@ def test_wrong_operands_are_refused(device):
         separable.forward(case.x, case.gain[:3], *case.units)
     with pytest.raises(InputError, match="Invalid g of shape"):
         separable.step(case.x, case.g[:2], torch.tensor(0.1), case.gain, *case.units)
+    strided, lr = case.x.t().contiguous().t(), torch.tensor(0.1, device=device)
+    with pytest.raises(InputError, match=r"Invalid x .* strides"):
+        separable.step(strided, case.g, lr, case.gain, *case.units)
+    with pytest.raises(InputError, match=r"Invalid at .* strides"):
+        separable.backward(case.g, strided, case.gain, *case.units, False)
+    with pytest.raises(InputError, match=r"Invalid x .* torch.float64"):
+        separable.inverse(case.x.double(), case.gain, *case.units)
+    with pytest.raises(InputError, match="Invalid w on meta: pass tensors on"):
+        separable.forward(case.x, case.gain, case.units.w.to("meta"), *case.units[1:])
+
+
+def test_a_result_that_its_dtype_does_not_hold_is_nan_and_the_status_tells(device):
+    x = torch.full((1, 4), 6e4, dtype=torch.float16, device=device)
+    g = torch.tensor([[-6e4, 1.0, -6e4, 1.0]], dtype=torch.float16, device=device)
+    one, none = torch.ones(1, 4, device=device), torch.ones(0, 1, device=device)
+    y, status = separable.step(x, g, torch.ones((), device=device), one, none, none, none)
+    assert y.isnan().tolist() == [[True, False, True, False]]
+    assert status.item() == Status.NONFINITE
 
 
 @pytest.fixture

@@ -220,6 +220,17 @@ def test_hundreds_of_small_tensors_are_one_launch(device, monkeypatch):
     assert launches == [(200,)]
 
 
+def test_programs_do_several_tiles_where_there_are_many_entries(device, monkeypatch):
+    monkeypatch.setattr(plans, "_PROGRAMS", 1)
+    shapes = (40, 23, False), (2, 700, True)
+    rows = plans._programs(shapes).tolist()
+    assert [end - begin for i, _, begin, end in rows if i == 0] == [288, 288, 288, 56]
+    assert [end - begin for i, _, begin, end in rows if i == 1] == [700, 700]
+    monkeypatch.setattr(plans, "_recent_programs", plans._Recent())
+    shapes = [((channels, n), channels) for channels, n, _ in shapes]
+    Tensors(device, shapes, momentum=0.9).assert_steps()
+
+
 def test_tables_are_made_once(device, monkeypatch):
     tensors = Tensors(device, LIST[3:6])
     tensors.step()

@@ -85,7 +85,7 @@ def status() -> list[BackendStatus]:
 
 
 def choose(operator: str, x: Tensor, units: int, sigma: str) -> ModuleType:
-    """The backend for an operator, by its name without ``separable_``, on operands like x.
+    """The backend for an operator, by the name of its function, on operands like x.
 
     Raises:
         InputError: the backend that was chosen by name does not serve them.
@@ -95,8 +95,8 @@ def choose(operator: str, x: Tensor, units: int, sigma: str) -> ModuleType:
         reason = _refusal(name, operator, x, units, sigma)
         if reason:
             raise InputError(
-                f"backend {name!r} does not serve separable_{operator}: {reason}; choose another, "
-                "such as mirror_opt.use_backend('auto')"
+                f"backend {name!r} does not serve the operator {operator}: {reason}; choose "
+                "another, such as mirror_opt.use_backend('auto')"
             )
         return BACKENDS[name]
     device = x.device.type

@@ -155,4 +155,5 @@ def _kernels() -> ModuleType:
 
 
 def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    # As Triton reads it, which is not imported before a kernel runs.
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
