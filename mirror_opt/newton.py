@@ -24,6 +24,8 @@ __all__ = [
     "NewtonError",
     "Solution",
     "Status",
+    "convex_scale",
+    "convex_tolerance",
     "implicit_convex",
     "solve_convex",
     "solve_monotone",
@@ -172,6 +174,24 @@ def solve_monotone(
     return Solution(y, status, iterations, worst)
 
 
+def convex_tolerance(dtype: torch.dtype) -> float:
+    """Of ``solve_convex``: the residual that it leaves, relative to ``convex_scale``."""
+    return 8 * _default_tolerance(dtype)
+
+
+def convex_scale(norm: Tensor, at_zero: Tensor, at_root: Tensor) -> Tensor:
+    """What the residual of a solve of f(y) = target is measured against, by what is added up in f.
+
+    Args:
+        norm: of the target.
+        at_zero, at_root: bounds on the norm of what is added up in f(0) and in f(y), and may
+            cancel: its rounding stays however small f(y) is.
+    """
+    # What grows with y counts up to a bound only: beyond it no digit of y would be right.
+    most = norm * torch.finfo(norm.dtype).eps ** -0.25
+    return torch.maximum(norm + at_zero, torch.minimum(norm + at_root, most))
+
+
 def _dot(x: Tensor, y: Tensor) -> float:
     # In float32 the square of a norm leaves its range from 1e19 on, and below 1e-23.
     wide = torch.float32 if x.device.type == "mps" else torch.float64  # which has no float64
@@ -253,15 +273,14 @@ def solve_convex(
         jacobian: ``jacobian(y)`` is the function v -> J(y) v.
         potential: a 0-dim tensor for ``y``.
         target: ``(*)``, float32 or float64.
-        summed: the norm of what is added up in f(y), and may cancel, 0-dim: its rounding stays
-            however small f(y) is.
-        tolerance: stop when |f(y) - target| <= tolerance (|target| + summed(y)), with summed(y) in
-            bounds; 64 units in the last place when None.
+        summed: the norm of what is added up in f(y), and may cancel, one element.
+        tolerance: stop when |f(y) - target| <= tolerance ``convex_scale(|target|, summed(0),
+            summed(y))``; ``convex_tolerance`` when None.
         max_iterations: Newton steps.
     """
     if not bool(torch.isfinite(target).all()):
         return Solution(target, Status.NONFINITE, 0, math.inf)
-    tolerance = 8 * _default_tolerance(target.dtype) if tolerance is None else tolerance
+    tolerance = convex_tolerance(target.dtype) if tolerance is None else tolerance
     norm = _norm(target)
     y = torch.zeros_like(target)
     if not math.isfinite(norm):
@@ -271,12 +290,12 @@ def solve_convex(
     residual = target - f(y)
     size = _norm(residual)
 
-    at_zero = norm + (float(summed(y)) if summed else 0.0)
+    at_zero = summed(y) if summed else None
 
     def whole() -> float:
-        # What grows with y counts up to a bound only: beyond it no digit of y would be right.
-        most = norm * torch.finfo(target.dtype).eps ** -0.25
-        return max(at_zero, min(norm + float(summed(y)), most)) if summed else norm
+        if summed is None or at_zero is None:
+            return norm
+        return float(convex_scale(at_zero.new_tensor(norm), at_zero, summed(y)))
 
     iterations = 0
     while size > 0 and iterations < max_iterations:

@@ -6,6 +6,7 @@ from maps_cases import SHAPES, learned, points, relative
 
 from mirror_opt import maps
 from mirror_opt.errors import InputError
+from mirror_opt.newton import NewtonError
 from mirror_opt.maps.kronecker import _FACTOR_PACE, _GAIN_PACE, _Factors
 
 SIZED = [{}, {"terms": 3}, {"eps": 0.0}, {"eps": 0.0, "parametrization": "primal"}]
@@ -82,6 +83,25 @@ def test_without_any_direction_the_identity_of_eps_is_left():
     assert torch.allclose(delta, 0.1 * zeta)
     delta.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in mirror_map.parameters())
+
+
+@pytest.mark.parametrize("parametrization", ["primal", "dual"])
+def test_an_inverse_that_is_too_ill_conditioned_is_no_answer(parametrization):
+    torch.manual_seed(0)
+    options = {"eps": 0.0, "parametrization": parametrization}
+    mirror_map = maps.KroneckerNeural([torch.zeros(2, 64, 64)], **options)
+    for p in mirror_map.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    solve = mirror_map.inverse if parametrization == "primal" else mirror_map.forward
+    points = torch.randn(3, 2, 64, 64)
+    solve([points[0]])
+    together = torch.func.vmap(lambda x: solve([x])[0])
+    assert together(points).isfinite().all()
+    for p in mirror_map.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    with pytest.raises(NewtonError, match="too far apart"):
+        solve([points[0]])
+    assert together(points).isnan().all()
 
 
 @pytest.mark.parametrize("value", [1, None, "yes"])

@@ -293,9 +293,44 @@ def test_a_displacement_without_its_origin_is_refused(make_map, lost):
     before = everything(optimizer)
     for p, values in saved["state"].items():
         saved["state"][p] = {k: v for k, v in values.items() if k != lost}
-    with pytest.raises(InputError, match=f"has no {lost}"):
+    with pytest.raises(InputError, match="has a dual and neither anchor nor dual_init"):
         optimizer.load_state_dict(saved)
     assert same(everything(optimizer)[1], before[1])
+
+
+@pytest.mark.parametrize("stepped", [0, 2])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"mirror_map": "kronecker"}, {"mirror_map": "hypentropy"}),
+        ({"mirror_map": "hypentropy", "momentum": 0.9}, {"mirror_map": "separable"}),
+        ({"mirror_map": "hypentropy", "momentum": 0.9}, {"anchor": "init"}),
+        ({"mirror_map": "hypentropy", "anchor": "init", "dual_state": True},
+         {"anchor": "zero", "dual_state": False}),
+        ({"mirror_map": "hypentropy", "dual_state": True}, {"anchor": "init"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_group_whose_options_have_changed_loads_its_own_checkpoint(before, after, stepped):
+    params = start("hypentropy", {}, torch.float32)
+
+    def made(options):
+        if "mirror_map" not in options:
+            return options
+        name = options["mirror_map"]
+        owned = params if maps.REGISTRY[name].owns_tensors else []
+        return {**options, "mirror_map": maps.create(name, owned)}
+
+    optimizer = MirrorDescent(params, 0.05, **made(before))
+    descend(optimizer, params, 2)
+    optimizer.param_groups[0] |= made(after)
+    descend(optimizer, params, stepped)
+    params, optimizer = copy.deepcopy((params, optimizer))
+    others, resumed = copy.deepcopy((params, optimizer))
+    resumed.load_state_dict(through_a_file(resumed.state_dict()))
+    for each, mine in ((optimizer, params), (resumed, others)):
+        descend(each, mine, 2)
+    assert same(snapshot(optimizer), snapshot(resumed))
 
 
 def test_tensors_of_a_map_that_are_no_floats_are_refused():

@@ -93,8 +93,13 @@ def test_a_fused_step_that_there_is_not_is_refused():
         assert all(torch.equal(p, x) for p, x in zip(params, before, strict=True))
 
     params = start("separable", {}, torch.float32)
-    name = "there is a fused step for SeparableNeural and Euclidean, not for PNorm"
-    refused(name, params, maps.PNorm())
+    with pytest.raises(InputError, match="Invalid fused=True for PNorm: there is a fused step for"):
+        MirrorDescent(params, 0.1, maps.PNorm(), fused=True)
+    other = MirrorDescent(params, 0.1, fused=True)
+    other.param_groups[0]["mirror_map"] = maps.PNorm()
+    params[0].grad = torch.ones_like(params[0])
+    with pytest.raises(InputError, match="fused step for SeparableNeural and Euclidean, not for P"):
+        other.step()
     refused("that of Euclidean keeps no anchor", params, dual_state=True)
     half = start("separable", {}, torch.bfloat16)
     refused("that of Euclidean takes .* float32, or of float64", half)

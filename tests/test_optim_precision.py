@@ -158,6 +158,39 @@ def test_stochastic_rounding_keeps_the_mean_and_leaves_what_is_exact():
         assert abs(share - ((value - down) / (up - down)).item()) < 4 * math.sqrt(0.25 / 4000)
 
 
+@pytest.mark.parametrize("name", ["euclidean", "hypentropy", "separable", "kronecker"])
+def test_a_write_that_changes_nothing_leaves_what_was_not_rounded(name):
+    ends = []
+    for clamped in (False, True):
+        torch.manual_seed(0)
+        p = torch.ones(2000, 1, dtype=torch.bfloat16).requires_grad_()
+        owned = [p] if maps.REGISTRY[name].owns_tensors else []
+        mirror_map = maps.create(name, owned)
+        optimizer = MirrorDescent([p], 1e-4, mirror_map, dual_state=True, rounding="stochastic")
+        for _ in range(20):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+            if clamped:
+                with torch.no_grad():
+                    p.clamp_(-5, 5)
+        ends.append(p.mean(dtype=torch.float32).item())
+    assert ends[1] == pytest.approx(ends[0], abs=2e-4)  # of 2e-3 that it has moved
+
+
+def test_momentum_that_is_rounded_stochastically_decays():
+    moved = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        p = torch.zeros(4000, dtype=dtype, requires_grad=True)
+        rounding = "stochastic" if dtype == torch.bfloat16 else "nearest"
+        optimizer = MirrorDescent([p], 1e-6, momentum=0.999, rounding=rounding)
+        for step in range(2000):
+            p.grad = torch.full_like(p, float(step == 0))
+            optimizer.step()
+        moved.append(p.mean(dtype=torch.float32).item())
+    assert moved[1] == pytest.approx(moved[0], rel=0.05)
+
+
 def test_stochastic_rounding_keeps_nan_and_infinity():
     bits = torch.tensor([0x7FFFFFFF, 0x7F800001, 0x7F800000, -0x00800000, -1], dtype=torch.int32)
     for _ in range(50):

@@ -1,5 +1,8 @@
 """State is what the steps that were taken made of it, and follows parameters that others change."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from optim_cases import descend, parameter, same, snapshot
@@ -218,6 +221,109 @@ def test_a_first_step_at_a_rate_of_zero_makes_the_state_whatever_the_parameters_
         q.grad = torch.ones(3)
         each.step()
     assert same(snapshot(optimizer), snapshot(other))
+
+
+@pytest.mark.parametrize("name", ["kronecker", "separable"])
+def test_such_a_first_step_without_an_anchor(name):
+    p, optimizer = beginning(name, anchor="zero")
+    fill(p, torch.nan, torch.inf, 1.0)
+    optimizer.param_groups[0]["lr"] = 0.0
+    p.grad = torch.zeros(3)
+    optimizer.step()
+    assert optimizer.state[p].keys() == {"dual", "dual_init"}
+    optimizer.param_groups[0]["lr"] = 0.1
+    with pytest.raises(ArithmeticError):
+        optimizer.step()
+
+
+def reloaded(p, optimizer):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return p, optimizer
+
+
+def pickled(p, optimizer):
+    return pickle.loads(pickle.dumps((p, optimizer)))
+
+
+def copied(p, optimizer):
+    return copy.deepcopy((p, optimizer))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("again", [reloaded, pickled, copied])
+@over_duals
+def test_weights_that_are_written_after_loading_are_taken_as_they_are(name, again, dtype):
+    p, optimizer = beginning(name, dtype=dtype)
+    descend(optimizer, [p], 2)
+    fresh, other = beginning(name, dtype=dtype)
+    p, optimizer = again(p, optimizer)
+    optimizer.param_groups[0]["momentum"] = 0.0
+    fill(p, 4.0, 0.75, 6.0)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.tensor([4.0, 0.75, 6.0], dtype=dtype))
+
+
+def test_a_parameter_without_a_gradient_in_the_first_step_after_loading():
+    params = [parameter(1.0, 2.0), parameter(3.0, 4.0)]
+    optimizer = MirrorDescent(params, 0.1, maps.Hypentropy(), dual_state=True)
+    descend(optimizer, params, 2)
+    optimizer.load_state_dict(optimizer.state_dict())
+    fill(params[1], 7.0, 8.0)
+    for second in (None, torch.zeros(2)):
+        params[0].grad, params[1].grad = torch.ones(2), second
+        optimizer.step()
+    torch.testing.assert_close(params[1].detach(), torch.tensor([7.0, 8.0]))
+
+
+def test_a_dual_state_that_was_left_behind_does_not_come_back():
+    p, optimizer = beginning("hypentropy")
+    descend(optimizer, [p], 2)
+    optimizer.param_groups[0]["dual_state"] = False
+    descend(optimizer, [p], 5)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["dual_state"] = True
+    before = p.detach().clone()
+    p.grad = torch.zeros(3)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), before)
+
+
+@pytest.mark.parametrize("again", [reloaded, copied])
+def test_entries_of_others_in_the_state_are_left_alone(again):
+    p, optimizer = beginning("hypentropy")
+    optimizer.state[p]["note"] = 1
+    descend(optimizer, [p], 2)
+    p, optimizer = again(p, optimizer)
+    descend(optimizer, [p], 2)
+    assert optimizer.state[p]["note"] == 1
+
+
+@pytest.mark.parametrize("name", ["hypentropy", "separable", "kronecker"])
+def test_writes_to_inference_tensors_are_seen(name):
+    with torch.inference_mode():
+        p = torch.tensor([1.0, 2.0, 3.0])
+        mirror_map, settings = DUAL[name](p)
+        optimizer = MirrorDescent([p], 0.1, mirror_map, **settings)
+        p.grad = torch.ones(3)
+        optimizer.step()
+        p.fill_(7.0)
+        p.grad = torch.zeros(3)
+        optimizer.step()
+        torch.testing.assert_close(p, torch.full((3,), 7.0))
+
+
+def test_state_of_inference_mode_is_written_to_outside():
+    ends = []
+    for inference in (True, False):
+        p = parameter(1.0, 2.0, 3.0)
+        optimizer = MirrorDescent([p], 0.1, maps.Hypentropy(), momentum=0.9, dual_state=True)
+        for mode in (inference, False):
+            p.grad = torch.ones(3)
+            with torch.inference_mode(mode):
+                optimizer.step()
+        ends.append(p.detach())
+    assert torch.equal(*ends)
 
 
 @over_duals

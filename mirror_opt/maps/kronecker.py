@@ -12,7 +12,7 @@ from mirror_opt.errors import InputError, is_integer, is_number
 from mirror_opt.maps.base import Profile, Tensors, _Batch, register
 from mirror_opt.maps.modes import fused_mode, mode_product, mode_sizes
 from mirror_opt.maps.separable import NeuralMap, NeuralUnits, Separable, alike
-from mirror_opt.newton import implicit_convex
+from mirror_opt.newton import NewtonError, Status, convex_scale, convex_tolerance, implicit_convex
 from mirror_opt.ops.kronecker import rotation_is_fused, separable_rotated
 from mirror_opt.reference import Units, psi_bracket, psi_slope, psi_slope_bounds
 from mirror_opt.untraced import untraced
@@ -84,6 +84,15 @@ class _Factors(nn.Module):
     def _sized(m: Tensor) -> Tensor:
         norm = torch.linalg.matrix_norm(m, keepdim=True).clamp(min=torch.finfo(m.dtype).tiny)
         return m * (m.shape[-1] ** 0.5 / norm)
+
+
+def _norms(x: Tensor) -> Tensor:
+    """The norm of each of G tensors: ``(G,)``."""
+    x = x.reshape(len(x), -1)
+    if not x.numel():
+        return x.new_zeros(len(x))
+    size = x.abs().amax(1).clamp(min=torch.finfo(x.dtype).tiny)  # whose square may be out of range
+    return size * (x / size.unsqueeze(1)).norm(dim=1)
 
 
 class _Terms(NamedTuple):
@@ -371,8 +380,25 @@ class KroneckerNeural(NeuralMap):
             # F = M^T S M, so F^-1 = M^-1 S^-1 M^-T.
             inverse = [torch.linalg.inv(f) for f in coefficient.factors]
             v = mode_product(t.unsqueeze(1), inverse, transpose=True)
-            return mode_product(coefficient.separable.inverse(v), inverse).squeeze(1)
+            y = mode_product(coefficient.separable.inverse(v), inverse).squeeze(1)
+            return self._confirmed(y, t, coefficient)
         return self._solve_coupled(t, coefficient)
+
+    def _confirmed(self, y: Tensor, t: Tensor, terms: _Terms) -> Tensor:
+        """y where F(y) = t as closely as a coupled solve has it; else as of a solve that failed.
+
+        Factors may be as ill-conditioned as they like, and so may their inverses.
+        """
+        with torch.no_grad():
+            summed = (self._summed(x, terms) for x in (torch.zeros_like(y), y))
+            limit = convex_tolerance(y.dtype) * convex_scale(_norms(t), *summed)
+            solved = _norms(self._closed(y, terms) - t) <= limit
+        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if transformed or not solved.is_cpu:
+            return y.where(solved.view(-1, *[1] * (y.dim() - 1)), math.nan)
+        if not bool(solved.all()):
+            raise NewtonError(Status.MAX_ITERATIONS)
+        return y
 
     @untraced  # one break in a compiled graph for the whole group
     def _solve_coupled(self, t: Tensor, terms: _Terms) -> Tensor:
@@ -390,13 +416,13 @@ class KroneckerNeural(NeuralMap):
         return torch.cat([solve(t[m : m + 1], terms.of([m])) for m in range(len(t))])
 
     def _summed(self, u: Tensor, terms: _Terms) -> Tensor:
-        """A bound on the norm of all that is added up in F(u), by size: products and units."""
+        """Bounds ``(G,)`` on the norm of all that is added up in F(u): products and units."""
         gain, units, _ = terms.separable
         factors = [f.abs() for f in terms.factors]
         steepest = psi_slope_bounds(units)[1]
         rotated = steepest * mode_product(u.abs().unsqueeze(1), factors) + psi_bracket(units)
         v = mode_product(gain * rotated, factors, transpose=True).sum(1)
-        return torch.add(v, u.abs(), alpha=self.eps).norm()
+        return _norms(torch.add(v, u.abs(), alpha=self.eps))
 
     def _bounds(self, coefficient: _Terms) -> tuple[Tensor, Tensor]:
         gain, units, sigma = coefficient.separable

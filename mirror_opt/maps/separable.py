@@ -93,7 +93,8 @@ class NeuralUnits(nn.Module):
         rest = [1] * (like.dim() - shared)
         shape = (*like.shape[:shared], *rest)  # broadcasts against the tensor
         options: dict[str, Any] = {"dtype": at_least_float32(like.dtype), "device": like.device}
-        centres = torch.linspace(-1, 1, units) if units > 1 else torch.zeros(units)
+        spread = torch.linspace(-1, 1, units, dtype=torch.float32)  # whatever the default is
+        centres = spread if units > 1 else torch.zeros(units)
         gains = (*like.shape[:terms], *[1] * (like.dim() - terms))
         self.rho, self.sigma, self.pace = rho, sigma, pace
         self.gain = nn.Parameter(torch.zeros(gains, **options))

@@ -13,11 +13,11 @@ from mirror_opt.optim.options import (
     Group,
     check_options,
     check_rounding,
-    is_anchored,
     parameter_name,
     state_dtype,
 )
 from mirror_opt.optim.sharded import placed_as
+from mirror_opt.optim.state import STATE
 
 __all__ = ["adopt", "checked", "hide_state", "pack_maps"]
 
@@ -87,15 +87,16 @@ def adopt(mine: list[Group], groups: list[Group], state: State) -> None:
     for own, group in zip(mine, groups, strict=True):
         _check_same(own["mirror_map"], group.get("mirror_map"))
         _check_group(own, group)
-        anchored = is_anchored({**group, "mirror_map": own["mirror_map"]})
         for slot, p in enumerate(group["params"]):
             found, where = state.get(p, {}), parameter_name(own, slot)
-            for key, hidden in found.items():
-                _check_state(hidden.value, p, f"{key} of {where}")
+            for key in STATE & found.keys():
+                _check_state(found[key].value, p, f"{key} of {where}")
             # Without what it is measured from, a displacement says nothing.
-            origin = "anchor" if anchored else "dual_init" if "dual" in found else None
-            if found and origin is not None and origin not in found:
-                raise InputError(f"the checkpoint's state of {where} has no {origin}: {_ADVICE}")
+            if "dual" in found and not {"anchor", "dual_init"} & found.keys():
+                raise InputError(
+                    f"the checkpoint's state of {where} has a dual and neither anchor nor "
+                    f"dual_init: {_ADVICE}"
+                )
     for mirror_map, group in zip(maps, groups, strict=True):
         mine_now = mirror_map.state_dict()
         saved = group["mirror_map"].get("state", {})
@@ -107,6 +108,8 @@ def adopt(mine: list[Group], groups: list[Group], state: State) -> None:
                 # A copy, since steps write in place and the checkpoint stays the caller's.
                 state[p] = {
                     key: placed_as(hidden.value.to(p.device, dtype, copy=True), p)
+                    if key in STATE
+                    else hidden.value
                     for key, hidden in state[p].items()
                 }
 

@@ -26,7 +26,7 @@ from mirror_opt.maps.separable import NeuralUnits, Separable
 from mirror_opt.newton import Status
 from mirror_opt.ops import exceeds
 from mirror_opt.ops.multi_tensor import is_observed, step_lists
-from mirror_opt.optim.options import Group
+from mirror_opt.optim.options import FUSED, Group
 from mirror_opt.optim.plan import Lists
 from mirror_opt.optim.sharded import is_sharded, local, on_shards
 from mirror_opt.optim.update import Tensors, as_scalar, is_zero
@@ -215,8 +215,7 @@ def may_fuse(group: Group) -> bool:
     if group["rounding"] == "stochastic":
         return False
     if group["fused"] is None:
-        served = isinstance(group["mirror_map"], (SeparableNeural, Euclidean))
-        return group["foreach"] is None and served
+        return group["foreach"] is None and isinstance(group["mirror_map"], FUSED)
     return group["fused"]
 
 

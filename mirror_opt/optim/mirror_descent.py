@@ -355,7 +355,7 @@ class MirrorDescent(Optimizer):
         if torch.compiler.is_compiling() or not hasattr(self, "_states"):
             States(self.state).init_group(Lists(*lists))
         else:
-            self._states.init_group(Lists(*lists), self._written.changed(lists[0]))
+            self._states.init_group(Lists(*lists), *self._written.changed(lists[0]))
 
     def _collect(self, group: Group) -> Lists:
         lists = Lists(group, [], [], [], [], [], [], [])
@@ -449,7 +449,7 @@ class MirrorDescent(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called by pickle and deep copies with everything, by load_state_dict without defaults.
-        self._written = Written()
+        self._written = Written(doubtful=True)
         loading = "defaults" not in state
         defaults = self.defaults if loading else state["defaults"]
         defaults.setdefault("differentiable", False)

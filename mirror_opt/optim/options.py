@@ -8,10 +8,11 @@ from torch import Tensor
 
 from mirror_opt.dtypes import at_least_float32
 from mirror_opt.errors import InputError, is_number
-from mirror_opt.maps import MirrorMap
-from mirror_opt.optim.sharded import check_placements, is_sharded, whole
+from mirror_opt.maps import Euclidean, MirrorMap, SeparableNeural
+from mirror_opt.optim.sharded import check_placements, is_sharded, local, whole
 
 __all__ = [
+    "FUSED",
     "RUN_OPTIONS",
     "Group",
     "check_decay",
@@ -28,6 +29,8 @@ Group = dict[str, Any]
 
 # These hold for the optimizer as a whole, and for a run rather than its checkpoint.
 RUN_OPTIONS = ("differentiable", "nonfinite")
+
+FUSED = (SeparableNeural, Euclidean)  # the maps that have a fused step
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CHOICES: dict[str, tuple] = {
@@ -107,7 +110,17 @@ def check_group(group: Group, defaults: Group) -> None:
                 f"Invalid {name}={group[name]!r} in a parameter group: it holds for the whole "
                 "optimizer, pass it to MirrorDescent"
             )
+    if group["fused"] and not isinstance(group["mirror_map"], FUSED):
+        raise InputError(
+            f"Invalid fused=True for {type(group['mirror_map']).__name__}: there is a fused step for "
+            f"{' and '.join(kind.__name__ for kind in FUSED)} only, pass fused=None"
+        )
     for slot, p in enumerate(group["params"]):
+        if torch._debug_has_internal_overlap(local(p)) == 1:
+            raise InputError(
+                f"{parameter_name(group, slot)} is expanded, so that its entries share memory: pass "
+                "p.contiguous()"
+            )
         if p.dtype not in _DTYPES:
             raise InputError(
                 f"{parameter_name(group, slot)} is {p.dtype}: pass float16, bfloat16, float32 or "

@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 
 from mirror_opt.optim.sharded import is_sharded, local, shard_index
 
-__all__ = ["generators", "round_stochastically"]
+__all__ = ["generators", "may_round_to", "round_stochastically"]
 
 
 def round_stochastically(x: Tensor, generator: Generator | None = None) -> Tensor:
@@ -27,6 +27,14 @@ def round_stochastically(x: Tensor, generator: Generator | None = None) -> Tenso
     rounded = ((bits + draws) & -(1 << 16)).view(torch.float32).bfloat16()
     # The sum would turn some NaN into a number.
     return torch.where(x.isfinite(), rounded, x.bfloat16())
+
+
+def may_round_to(x: Tensor, rounded: Tensor) -> Tensor:
+    """Whether ``round_stochastically`` may make the bfloat16 numbers of these float32, entrywise."""
+    bits = x.contiguous().view(torch.int32)
+    sides = (bits & -(1 << 16), (bits + 0xFFFF) & -(1 << 16))
+    down, up = (side.view(torch.float32).bfloat16() for side in sides)
+    return (rounded == down) | (rounded == up)
 
 
 def generators(params: Sequence[Any], slots: Sequence[int]) -> list[Generator | None]:

@@ -1,5 +1,6 @@
 """The state of a step: momentum, anchor and dual state, created where they are missing."""
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -14,11 +15,24 @@ from mirror_opt.optim.options import (
     parameter_name,
     state_dtype,
 )
+from mirror_opt.newton import NewtonError
 from mirror_opt.optim.plan import Lists
-from mirror_opt.optim.sharded import from_shard, gradient, is_sharded, local, on_shards
-from mirror_opt.optim.update import Tensors, through, widened
+from mirror_opt.optim.rounding import may_round_to
+from mirror_opt.optim.sharded import (
+    anywhere,
+    from_shard,
+    gradient,
+    is_sharded,
+    local,
+    meshes,
+    on_shards,
+)
+from mirror_opt.optim.update import Tensors, is_zero, through, widened
 
-__all__ = ["States"]
+__all__ = ["STATE", "States"]
+
+# What a parameter may have; a user's own entries beside these are left alone.
+STATE = frozenset(("momentum_buffer", "anchor", "dual", "dual_init"))
 
 
 class States:
@@ -52,18 +66,25 @@ class States:
         self._replaced.append((p, key, state.get(key)))
         state[key] = value
 
-    def init_group(self, lists: Lists, stale: Collection[Tensor] = ()) -> None:
+    def init_group(
+        self, lists: Lists, stale: Collection[Tensor] = (), doubtful: Collection[Tensor] = ()
+    ) -> None:
         """Collects what a step of the group reads, and creates the state that is missing.
 
         Args:
             lists: the group, and its lists to be filled.
             stale: parameters that someone else has changed since the last step, whose dual state
                 is to be made from them anew.
+            doubtful: parameters whose values have to tell whether they are stale.
 
         Raises:
             InputError: a gradient is sparse, a parameter has changed its shape, or one was added
                 or removed beside a map that owns tensors.
         """
+        if torch.is_inference_mode_enabled():
+            # State outlives the mode, and outside nothing may write to an inference tensor.
+            with torch.inference_mode(False), torch.no_grad():
+                return self.init_group(lists, stale, doubtful)
         group, slots, params, grads, buffers, anchors, dual_inits, duals = lists
         anchored = is_anchored(group)
         stateless = group["momentum"] == 0 and not anchored
@@ -93,9 +114,9 @@ class States:
                 grads.append(grad)
             state = self._states.get(p, {})
             if shapes is None:  # else p has the shape of the map, and so of its state
-                for x in state.values():
-                    if x.shape != p.shape:
-                        raise _changed_shape(group, slot, "the state of earlier steps", x.shape)
+                for key in STATE & state.keys():
+                    if (shape := state[key].shape) != p.shape:
+                        raise _changed_shape(group, slot, "the state of earlier steps", shape)
             if stateless:
                 continue
             if not state:
@@ -118,13 +139,15 @@ class States:
                         self._set(p, "dual", torch.zeros_like(anchor))
                 anchors.append(local(anchor))
         if keeps_dual(group):
-            self._init_duals(lists, stale)
+            self._init_duals(lists, stale, doubtful)
             own = [self._states[group["params"][slot]] for slot in slots]
             duals.extend(local(state["dual"]) for state in own)
             if not anchored:
                 dual_inits.extend(local(state["dual_init"]) for state in own)
 
-    def _init_duals(self, lists: Lists, stale: Collection[Tensor]) -> None:
+    def _init_duals(
+        self, lists: Lists, stale: Collection[Tensor], doubtful: Collection[Tensor]
+    ) -> None:
         group, slots, anchors = lists.group, lists.slots, lists.anchors
         whole = [group["params"][slot] for slot in slots]
         needed = {"dual"} if anchors else {"dual", "dual_init"}
@@ -133,13 +156,21 @@ class States:
             for i, p in enumerate(whole)
             if p in stale or not needed <= self._states.get(p, {}).keys()
         ]
+        doubted = [i for i, p in enumerate(whole) if p in doubtful and i not in missing]
+        missing += self._differing(lists, doubted)
         if not missing:
             return
         _check_not_captured(whole[missing[0]])
         xs = [self._unrounded(lists, i) for i in missing]
         if anchors:
             xs = [x - anchors[i] for x, i in zip(xs, missing, strict=True)]
-        zs = _through(lists, missing, xs)
+        try:
+            zs = _through(lists, missing, xs)
+        except NewtonError:
+            if not is_zero(group["lr"]):
+                raise
+            # Memory that a checkpoint is still to be loaded into, as its state is.
+            zs = [torch.full_like(x, math.nan) for x in xs]
         for i, z in zip(missing, zs, strict=True):
             p, z = whole[i], from_shard(z, whole[i])
             if anchors:  # z of a displacement is a displacement already: z_0 is zero
@@ -155,13 +186,45 @@ class States:
         state = self._states.get(lists.group["params"][lists.slots[i]], {})
         if "dual" not in state or x.dtype == lists.params[i].dtype:
             return x
-        z = local(state["dual"])
-        if "dual_init" in state:
-            z = z + local(state["dual_init"])
-        (old,) = _through(lists, [i], [z], inverse=True)
-        if lists.anchors:
-            old = old + lists.anchors[i]
-        return torch.where(old.to(lists.params[i].dtype) == lists.params[i], old, x)
+        (old,) = self._of_duals(lists, [i])
+        stochastic = lists.group["rounding"] == "stochastic"
+        rounds_to = may_round_to if stochastic and lists.params[i].dtype == torch.bfloat16 else _is
+        return torch.where(rounds_to(old, lists.params[i]), old, x)
+
+    def _of_duals(self, lists: Lists, places: list[int]) -> Tensors:
+        """The parameters at these places as their dual states have them."""
+        zs = []
+        for i in places:
+            state = self._states[lists.group["params"][lists.slots[i]]]
+            origin = state.get("dual_init")
+            dual = local(state["dual"])
+            zs.append(dual if origin is None else dual + local(origin))
+        xs = _through(lists, places, zs, inverse=True)
+        if not lists.anchors:
+            return xs
+        return [x + lists.anchors[i] for x, i in zip(xs, places, strict=True)]
+
+    def _differing(self, lists: Lists, places: list[int]) -> list[int]:
+        """The places where a parameter is not what its dual state makes it, but for rounding."""
+        if not places or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return []
+        found = []
+        for i, old in zip(places, self._of_duals(lists, places), strict=True):
+            x, whole = lists.params[i], lists.group["params"][lists.slots[i]]
+            # The parameter was rounded once, to either side; the map rounds on its way.
+            numbers = torch.stack([x.to(old.dtype), old, *lists.anchors[i : i + 1]])
+            largest = numbers.abs().max() if x.numel() else 0.0
+            rounding = torch.finfo(x.dtype).eps * x.abs() + 64 * torch.finfo(old.dtype).eps * largest
+            differs = ~((x - old).abs() <= rounding).all()
+            if is_sharded(whole):  # all of its processes go through the map, or none
+                differs = anywhere(differs, meshes([whole])) != 0
+            if bool(differs):
+                found.append(i)
+        return found
+
+
+def _is(x: Tensor, rounded: Tensor) -> Tensor:
+    return x.to(rounded.dtype) == rounded
 
 
 def _through(lists: Lists, places: list[int], xs: Tensors, inverse: bool = False) -> Tensors:

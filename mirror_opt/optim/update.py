@@ -63,7 +63,7 @@ def mirror_descent(
         anchors: phi_0; empty when the anchor is zero.
         dual_inits: z_0; empty when it is zero.
         duals: zeta = z - z_0; empty for a stateless step.
-        draws: round bfloat16 parameters stochastically, each with this generator.
+        draws: round bfloat16 parameters and momentum stochastically, each with this generator.
         coefficients: of the map for the ``count`` tensors, where they are known.
         mirror_map: acts on ``count`` tensors, of which these are the ones at ``slots``.
 
@@ -91,10 +91,15 @@ def mirror_descent(
     # The direction, operation by operation as SGD computes it.
     directions = scale(grads, -1) if maximize else grads
     new_buffers: Tensors = []
-    if buffers:
+    if buffers and draws is None:
         directions = _as_dtype_of(buffers, directions)
         new_buffers = add(scale(buffers, momentum), directions)
         directions = add(directions, new_buffers, momentum) if nesterov else new_buffers
+    elif buffers:  # which, rounded to nearest, a momentum near 1 would leave as they are
+        directions = widened(directions)
+        moving = add(scale(widened(buffers), momentum), directions)
+        new_buffers = _drawn(buffers, moving, draws)
+        directions = add(directions, moving, momentum) if nesterov else moving
 
     if unmoved:  # to the last bit, as a way through the map and back would not leave them
         return Update(params, new_buffers, duals)
@@ -106,10 +111,7 @@ def mirror_descent(
     zs = add(zs, widened(directions), -lr)
     xs = primal(zs)
     if draws is not None:
-        xs = [
-            round_stochastically(x, draw) if p.dtype == torch.bfloat16 else x
-            for p, x, draw in zip(params, xs, draws, strict=True)
-        ]
+        xs = _drawn(params, xs, draws)
     return Update(_as_dtype_of(params, xs), new_buffers, _as_dtype_of(duals, zs) if duals else [])
 
 
@@ -152,6 +154,14 @@ def all_finite(tensors: Tensors) -> Tensor:
 
 def _as_dtype_of(likes: Tensors, xs: Tensors) -> Tensors:
     return [x.to(like.dtype) for like, x in zip(likes, xs, strict=True)]
+
+
+def _drawn(likes: Tensors, xs: Tensors, draws: Sequence[torch.Generator | None]) -> Tensors:
+    """In the dtypes of others, those of bfloat16 rounded stochastically."""
+    return [
+        round_stochastically(x, draw) if like.dtype == torch.bfloat16 else x.to(like.dtype)
+        for like, x, draw in zip(likes, xs, draws, strict=True)
+    ]
 
 
 def as_scalar(lr: float | Tensor, differentiable: bool = False) -> float | Tensor:

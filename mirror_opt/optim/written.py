@@ -15,36 +15,57 @@ __all__ = ["Written"]
 
 
 class Written:
-    """What steps have left of the groups that keep a dual state."""
+    """What steps have left of the groups that keep a dual state.
 
-    def __init__(self) -> None:
+    Args:
+        doubtful: whether others may have written before the first step, as after loading.
+    """
+
+    def __init__(self, doubtful: bool = False) -> None:
         self._left: dict[int, _Left] = {}  # of groups, by their id
+        self._doubtful = doubtful
 
-    def changed(self, group: Group) -> Collection[Tensor]:
-        """Parameters beside a dual state that do not hold what a step has written there."""
+    def changed(self, group: Group) -> tuple[Collection[Tensor], Collection[Tensor]]:
+        """Parameters beside a dual state that do not hold what a step has written there.
+
+        And those of which only their values tell.
+        """
+        if not keeps_dual(group):
+            return (), ()
         left = self._left.get(id(group))
-        if left is None or not keeps_dual(group):
-            return ()
+        if left is None:
+            return (), group["params"] if self._doubtful else ()
         other_map = left.mirror_map is not group["mirror_map"]
-        each = zip(group["params"], left.params, left.versions, strict=False)
-        return {p for p, q, then in each if p is q and (other_map or not _version(p).follows(then))}
+        changed, doubtful = set(), set()
+        for p, q, then in zip(group["params"], left.params, left.versions, strict=False):
+            if p is not q:
+                continue
+            if then is None or p.is_inference():  # of which writes are not counted
+                doubtful.add(p)
+            if other_map or (then is not None and not _version(p).follows(then)):
+                changed.add(p)
+        return changed, doubtful
 
     def record(self, lists: Lists) -> None:
         """Keeps what a step has left, and for parameters without a gradient what an earlier has."""
         params = list(lists.group["params"])
-        now = list(map(_version, params))
+        now: list[_Version | None] = [*map(_version, params)]
         left = self._left.get(id(lists.group))
-        if left is not None and len(lists.slots) < len(params):
+        if len(lists.slots) < len(params):
             stepped = set(lists.slots)
-            for i, (p, q, then) in enumerate(zip(params, left.params, left.versions, strict=False)):
-                if p is q and i not in stepped:
-                    now[i] = then
+            for i, p in enumerate(params):
+                if i in stepped:
+                    continue
+                if left is None:
+                    now[i] = None if self._doubtful else now[i]
+                elif i < len(left.params) and p is left.params[i]:
+                    now[i] = left.versions[i]
         self._left[id(lists.group)] = _Left(params, now, lists.group["mirror_map"])
 
 
 class _Left(NamedTuple):
     params: list[Tensor]
-    versions: list["_Version"]
+    versions: list["_Version | None"]  # None: not known
     mirror_map: MirrorMap
 
 
