@@ -3,10 +3,10 @@
     python bench/stability.py
 
 Sinusoid, trained at one inner step, 3000 meta-iterations, four seeds, at the rates that the study
-``bench/fewshot.py sinusoid`` found at five; rows of other rates are replaced. Rows in bench/results/stability.json: the query metric
-after each number of steps, whether every task stayed finite, the largest relative rise of a
-support loss in one guarded step, and the share of tasks whose direction goes uphill
-(<g, phi_new - phi> > 0).
+``bench/fewshot.py sinusoid`` found at five; rows of other rates are replaced. Rows in
+bench/results/stability.json: the query metric after each number of steps, whether every task
+stayed finite, the largest relative rise of a support loss in one guarded step, and the share of
+tasks whose direction goes uphill (<g, phi_new - phi> > 0).
 """
 
 import argparse

@@ -2,8 +2,8 @@ r"""The mirror step of a whole list of tensors, in place, in one launch.
 
 Tables in device memory describe the work (``plans``), so that a step of any list is one launch,
 without synchronising, also while a CUDA graph is captured. A program does a stretch of one channel,
-whose coefficients are then numbers, or, in a tensor whose channels are too short for that, a stretch
-of entries with their own coefficients.
+whose coefficients are then numbers, or, in a tensor whose channels are too short for that, of
+entries with their own coefficients.
 
 A parameter is seen as ``(C, n)``, with C and K from its coefficients ``(K, C)``. With the direction
 d (the gradient, or its momentum) and S = gain psi,

@@ -195,17 +195,18 @@ def _plot(arguments: argparse.Namespace) -> None:
 
 
 def _maps(arguments: argparse.Namespace) -> None:
-    head = ("name", "mu", "ell", "grad h", "inverse", "summary")
+    head = ("name", "domain", "mu", "ell", "grad h", "inverse", "summary")
     lines = [head]
     for name, cls in maps.REGISTRY.items():
         # On points of a simplex, where every map is defined.
         mirror_map = maps.create(name, [torch.full((2, 2), 0.5)])
         if not cls.is_dgf:
-            lines.append((name, "-", "-", "-", "-", cls.summary))
+            lines.append((name, cls.domain, "-", "-", "-", "-", cls.summary))
             continue
         lines.append(
             (
                 name,
+                cls.domain,
                 "yes" if bool(mirror_map.strong_convexity() > 0) else "none",
                 "yes" if bool(mirror_map.smoothness().isfinite()) else "none",
                 "closed" if mirror_map.forward_is_closed else "Newton",

@@ -15,6 +15,7 @@ from cli_cases import IMAGES, SMALL, fails, run
         ("", "--task: missing"),
         ("--task sinusoid --method adam", "--method adam: unknown; choose from maml, fomaml"),
         ("--task sinusoid --map flat", "--map flat: unknown; choose from "),
+        ("--task sinusoid --map negative-entropy", "--map negative-entropy: for positive paramet"),
         ("--task sinusoid --method maml --map kronecker", "--map kronecker: --method maml has"),
         ("--task sinusoid --map-options terms", "'terms': pass options as name=value"),
         ("--task sinusoid --map-options colour=3", "colour"),

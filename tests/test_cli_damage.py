@@ -17,6 +17,11 @@ def test_a_checkpoint_of_another_run(trained, tmp_path, capsys):
     capsys.readouterr()
     shutil.copy(trained / "checkpoint.pt", other / "checkpoint.pt")
     assert str(other / "checkpoint.pt") in fails(capsys, "train", "--out", other, "--resume")
+    before = (other / "results.json").read_bytes()
+    for command in ("evaluate", "plot"):
+        line = fails(capsys, command, "--out", other)
+        assert f"{other / 'checkpoint.pt'}: of another run than {other / 'config.json'}" in line
+    assert (other / "results.json").read_bytes() == before
 
 
 def test_damaged_and_absent_checkpoints(trained, tmp_path, capsys):

@@ -39,7 +39,7 @@ def read(root):
     try:
         files = list(list_images(root, whole=True).values())
         for file in files:
-            inspect(file)
+            inspect([file])
         return read_images(files, 4, 3)
     except InputError as error:
         line = str(error)

@@ -92,6 +92,8 @@ def test_model_loss_and_metric_fit_the_episodes(build):
     target = y[0] if family.metric == "mse" else torch.eye(family.output_size)[y[0]]
     best = family.metric_fn(target, y[0])
     assert best == (0 if family.metric == "mse" else 1)
+    target[0] = torch.nan
+    assert family.metric_fn(target, y[0]).isnan()  # and not the luck of the first class
 
 
 @pytest.mark.parametrize(

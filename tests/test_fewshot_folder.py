@@ -114,10 +114,18 @@ def test_pixels_are_those_of_the_files(tmp_path):
 
 def test_image_size_and_grey(folder):
     assert ImageFolder(**SMALL, data_dir=folder, image_size=20).input_shape == (3, 20, 20)
-    (folder / "train" / "train-0" / "0.png").write_bytes(noise(np.random.default_rng(0), 90, 200))
+    for label in range(6):
+        first = folder / "train" / f"train-{label}" / "0.png"
+        first.write_bytes(noise(np.random.default_rng(0), 90, 200))
     family = ImageFolder(**SMALL, data_dir=folder)
     assert family.input_shape == (1, 84, 84)
     assert family.sample("test", 0, 1).query_x.shape == (1, 9, 1, 84, 84)
+
+
+def test_a_grey_image_among_those_in_colour(folder):
+    first = folder / "train" / "train-0" / "0.png"
+    Image.open(first).convert("L").save(first)
+    assert ImageFolder(**SMALL, data_dir=folder).input_shape == (3, 16, 16)
 
 
 RAMP = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
@@ -211,6 +219,21 @@ def test_absent_folder(tmp_path, monkeypatch):
         ImageFolder()
     with pytest.raises(InputError, match="none is no folder: pass one"):
         ImageFolder(data_dir=tmp_path / "none")
+
+
+def test_folders_around_that_of_a_zip_file(image_folder, tmp_path):
+    for split in ("train", "val", "test"):
+        pack(image_folder / split, tmp_path / f"{split}.zip", f"set/{split}/")
+    family = ImageFolder(**SMALL, data_dir=tmp_path)
+    assert same_tasks(family, ImageFolder(**SMALL, data_dir=image_folder))
+
+
+@pytest.mark.parametrize("name", ["valid", "validation"])
+@pytest.mark.parametrize("suffix", ["", ".csv", ".zip"])
+def test_another_name_for_val(folder, name, suffix):
+    (folder / "val").rename(folder / f"{name}{suffix}")
+    with pytest.raises(InputError, match=f"{name}{suffix} would not be read: name it val{suffix}"):
+        ImageFolder(**SMALL, data_dir=folder)
 
 
 def test_missing_split(folder):
@@ -370,6 +393,7 @@ def test_folders_that_hold_each_other(folder):
         ("[]", "write a JSON object with a list of classes for each of train, val, test"),
         ('{"train": ["train-0", "cat"]}', "names class 'cat', but there is no image in"),
         ('{"train": ["train-0"]}', "no split 'test'"),
+        ('{"train": ["train-0"], "valid": []}', "cannot read .*: it has 'valid'; write a JSON obje"),
         ('{"train": "train-0"}', "cannot read .*: 'train-0' is no list; write a JSON object with"),
         ('{"train": {"train-0": 1}}', "cannot read .*: {'train-0': 1} is no list"),
         ('{"train": ["train-0", "train-0"]}', "names class 'train-0' in train twice: leave one"),

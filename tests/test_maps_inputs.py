@@ -44,6 +44,16 @@ HALVES = (torch.bfloat16, torch.float16)
         (lambda: maps.SeparableNeural([torch.zeros(2)], parametrization="both"), "primal"),
         (lambda: maps.Diagonal([torch.zeros(2)]).check([torch.zeros(3)]), "shapes"),
         (lambda: maps.Diagonal([torch.zeros(2)])([torch.zeros(2)] * 2), "got 2"),
+        *(
+            (lambda name=name: maps.create(name, torch.zeros(2, 2)), "got one tensor: pass a seq")
+            for name in OWNERS
+        ),
+        *(
+            (lambda n=name, s=s: maps.create(n, [torch.zeros(4, 3)]).inverse([torch.zeros(s)]), m)
+            for name in OWNERS
+            for s, m in (((3, 4), r"shape \(3, 4\)"), ((1, 3), r"built for \(4, 3\)"))
+        ),
+        (lambda: maps.Euclidean().bregman([torch.zeros(3)], [torch.zeros(1)]), "of one shape"),
         (lambda: maps.NegativeEntropy().check([torch.ones(2)]), "sum to 1"),
         (lambda: maps.NegativeEntropy(simplex=False).check([-torch.ones(2)]), "positive"),
     ],

@@ -6,8 +6,8 @@ from maps_cases import SHAPES, learned, points, relative
 
 from mirror_opt import maps
 from mirror_opt.errors import InputError
-from mirror_opt.newton import NewtonError
 from mirror_opt.maps.kronecker import _FACTOR_PACE, _GAIN_PACE, _Factors
+from mirror_opt.newton import NewtonError
 
 SIZED = [{}, {"terms": 3}, {"eps": 0.0}, {"eps": 0.0, "parametrization": "primal"}]
 

@@ -43,6 +43,8 @@ NORMS = {
     "group": lambda: nn.GroupNorm(2, 4),
     "layer": lambda: nn.LayerNorm((4, 3)),
     "rms": lambda: nn.RMSNorm((4, 3)),
+    "weight": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
+    "weight, of all": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3), dim=None),
 }
 
 

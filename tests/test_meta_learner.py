@@ -250,6 +250,12 @@ def test_meta_gradient_through_a_solved_inverse():
         ({"steps": (1, 2.5)}, r"steps=\(1, 2\.5\)"),
         ({"nonfinite": "ignore"}, "'raise' or 'skip'"),
         ({"adapt": ["nothing*"]}, "nothing"),
+        ({"adapt": ["0.*", "2.weigth"]}, r"matches '2\.weigth' of .* such as 0\.weight"),
+        ({"adapt": []}, "pass patterns"),
+        ({"first_order": "false"}, "first_order='false'"),
+        ({"learn_lr": 1}, "learn_lr=1"),
+        ({"mirror_map": "kronecker"}, "pass an instance of a map"),
+        ({"mirror_map": maps.Euclidean}, "pass an instance of a map"),
         ({"mirror_map": maps.Diagonal([torch.zeros(3)])}, "shapes"),
         ({"mirror_map": maps.NegativeEntropy()}, "simplex"),
     ],
@@ -282,6 +288,76 @@ def test_bad_calls():
     for bad in (2.5, None, -1):
         with pytest.raises(InputError, match="pass"):
             learner.evaluate(F.mse_loss, F.mse_loss, *data(), adapt_steps=[1, bad, 5])
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_bad_tasks_and_losses(engine):
+    learner = MetaLearner(model(), engine=engine)
+    sx, sy, qx, qy = data()
+    with pytest.raises(InputError, match=r"tensors of \[4, 2, 4, 4\] tasks: pass .* one T for all"):
+        learner.meta_loss(F.mse_loss, sx, sy[:2], qx, qy)
+    with pytest.raises(InputError, match="one T for all"):
+        learner.adapt_batch(F.mse_loss, sx, sy[:2])
+    for loss, message in (
+        (lambda p, y: None, "gave a NoneType for a task"),
+        (lambda p, y: (p.mean(), 0), "gave a tuple for a task"),
+        (lambda p, y: p.detach().mean(), "a loss without a derivative"),
+    ):
+        with pytest.raises(InputError, match=message):
+            learner.meta_loss(loss, sx, sy, qx, qy)
+
+
+def test_calibration_on_nothing_is_refused():
+    net = model()
+    learner = MetaLearner(net, maps.SeparableNeural(net.parameters()))
+    before = copy.deepcopy(learner.state_dict())
+    x, y = data()[:2]
+    with pytest.raises(InputError, match="no tasks"):
+        learner.calibrate(F.mse_loss, x[:0], y[:0])
+    with pytest.raises(InputError, match="not finite"):
+        learner.calibrate(F.mse_loss, x * torch.nan, y)
+    assert all(torch.equal(before[k], v) for k, v in learner.state_dict().items())
+
+
+def test_calibration_is_on_the_first_euclidean_step():
+    net = nn.Linear(1, 1)
+    learner = MetaLearner(net, maps.SeparableNeural(net.parameters(), share="tensor"), lr=0.25)
+    x, y = data()[:2]
+    learner.calibrate(F.mse_loss, x, y)
+    moved = [MetaLearner(net, lr=0.25, steps=1).adapt(F.mse_loss, *task) for task in zip(x, y)]
+    for name, group in zip(("weight", "bias"), learner.mirror_map.groups, strict=True):
+        steps = torch.stack([m.params[name] - net.get_parameter(name) for m in moved])
+        torch.testing.assert_close(group.unit.flatten(), steps.square().mean().sqrt().flatten())
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_a_parameter_that_is_frozen_outside_of_tasks_adapts_within(engine):
+    net = model()
+    learner = MetaLearner(net, lr=0.1, steps=2, engine=engine)
+    expected = learner.meta_loss(F.mse_loss, *data())
+    first, *others = net.parameters()
+    gradients = torch.autograd.grad(expected, others)
+    first.requires_grad_(False)
+    loss = learner.meta_loss(F.mse_loss, *data())
+    torch.testing.assert_close(loss, expected)
+    for g, h in zip(torch.autograd.grad(loss, others), gradients, strict=True):
+        torch.testing.assert_close(g, h)
+
+
+@pytest.mark.parametrize("options", [{}, {"eps": 0.0, "parametrization": "primal"}], ids=str)
+def test_autocast_does_not_reach_the_map(options):
+    ends = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        net = nn.Linear(3, 1, bias=False)
+        mirror_map = maps.KroneckerNeural(net.parameters(), **options)
+        for p in mirror_map.parameters():
+            nn.init.normal_(p, std=0.1)
+        learner = MetaLearner(net, mirror_map, lr=0.1, steps=3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            zeta = (torch.full((1, 3), 0.3),)
+            ends.append(learner.inner_loop().primal(zeta, None)[0])
+    assert torch.equal(*ends)
 
 
 def test_its_error_is_copied_and_pickled():

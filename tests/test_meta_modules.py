@@ -49,6 +49,33 @@ def gradients(learner, x, y):
     return [loss, *torch.autograd.grad(loss, list(learner.model.parameters()))]
 
 
+class Cell(nn.LSTMCell):
+    def forward(self, x):
+        state = None
+        for step in x.unbind(1):
+            state = super().forward(step, state)
+        return state[0].unsqueeze(1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_torch_cannot_batch_is_found_out(training):
+    found = []
+    for engine in ("auto", "loop", "vmap"):
+        torch.manual_seed(0)
+        model, (_, x, y) = Sequence(Cell(4, 4)).double(), problem("lstm")
+        learner = MetaLearner(model, lr=0.1, steps=2, engine=engine).train(training)
+        if engine == "vmap":
+            with pytest.raises(InputError, match="pass engine='loop'"):
+                gradients(learner, x, y)
+            return
+        drawn = torch.get_rng_state()
+        found.append(gradients(learner, x, y))
+        assert torch.equal(torch.get_rng_state(), drawn)
+        learner.evaluate(F.mse_loss, F.mse_loss, x, y, x, y, adapt_steps=(2,))
+        learner.adapt_batch(F.mse_loss, x, y)
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", BODIES)
 def test_the_automatic_engine_is_that_of_every_task_alone(name, training):

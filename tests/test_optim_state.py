@@ -255,7 +255,6 @@ def copied(p, optimizer):
 def test_weights_that_are_written_after_loading_are_taken_as_they_are(name, again, dtype):
     p, optimizer = beginning(name, dtype=dtype)
     descend(optimizer, [p], 2)
-    fresh, other = beginning(name, dtype=dtype)
     p, optimizer = again(p, optimizer)
     optimizer.param_groups[0]["momentum"] = 0.0
     fill(p, 4.0, 0.75, 6.0)

@@ -211,8 +211,10 @@ class ImageTasks(TaskFamily):
 
     @staticmethod
     def metric_fn(prediction: Tensor, y: Tensor) -> Tensor:
-        r"""The share of ``n`` whose largest logit is the label's, in the logits' dtype."""
-        return (prediction.argmax(-1) == y).to(prediction.dtype).mean()
+        r"""The share of ``n`` whose largest logit is the label's, in the logits' dtype; NaN where
+        a logit is not finite, since of NaN any class would be the largest."""
+        right = (prediction.argmax(-1) == y).to(prediction.dtype)
+        return right.where(prediction.isfinite().all(-1), torch.nan).mean()
 
     def model(self, filters: int = 64) -> Conv4:
         r"""A fresh :class:`Conv4`, initialised from torch's global generator."""

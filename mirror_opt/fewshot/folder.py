@@ -20,6 +20,7 @@ __all__ = ["ImageFolder"]
 _Classes = dict[str, list[ImageFile]]  # the images of each class
 _LARGEST_DEFAULT = 84  # pixels, the side of mini-ImageNet's images
 _SPLIT_FILE = "splits.json"
+_NOT_VAL = ("valid", "validation")  # what others call it, and would miss
 
 
 class ImageFolder(ImageTasks):
@@ -33,7 +34,8 @@ class ImageFolder(ImageTasks):
 
     Any folder may be a zip file of its name (``train.zip``, ``images.zip``), read as it is.
     Train and test are needed, validation only where it is sampled. What else lies in the folder
-    is not looked at. Images are resized to ``image_size`` and decoded once, into the cache.
+    is not looked at. Images are resized to ``image_size`` and decoded once, into the cache; they
+    are grey where the first of every training class is, else in colour.
 
     Args:
         ways: The number of classes in a task.
@@ -63,8 +65,8 @@ class ImageFolder(ImageTasks):
     ):
         root = _root(data_dir)
         splits = _splits(root)
-        first = next(iter(splits["train"].values()))[0]
-        side, channels = inspect(first)
+        # A grey image or some among those in colour do not make the data set grey.
+        side, channels = inspect([images[0] for images in splits["train"].values()])
         size = min(side, _LARGEST_DEFAULT) if image_size is None else image_size
         if not is_integer(size) or size < 1:
             raise InputError(f"image_size is {size!r}: pass the side of the images in pixels")
@@ -92,6 +94,10 @@ def _root(data_dir: str | os.PathLike | None) -> Path:
 
 
 def _splits(root: Path) -> dict[str, _Classes]:
+    for name in _NOT_VAL:
+        for path in (root / name, root / f"{name}.zip", root / f"{name}.csv"):
+            if path.exists():
+                raise InputError(f"{path} would not be read: name it val{path.suffix}")
     if (root / _SPLIT_FILE).is_file():
         splits = _from_classes(root / _SPLIT_FILE)
     elif any((root / f"{split}.csv").is_file() for split in SPLITS):
@@ -127,6 +133,8 @@ def _from_classes(path: Path) -> dict[str, _Classes]:
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
         named = {split: _labels(listed.get(split, [])) for split in SPLITS}
+        if unknown := sorted(listed.keys() - set(SPLITS)):
+            raise ValueError(f"it has {unknown[0]!r}")
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(
             f"cannot read {path}: {error}; write a JSON object with a list of classes for each "

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import takewhile
 from pathlib import Path
 from typing import NoReturn
 
@@ -83,15 +84,17 @@ def list_images(
     return {name: file for name, file in sorted(found.items()) if file is not None}
 
 
-def inspect(file: ImageFile) -> tuple[int, int]:
-    r"""The shorter side of an image in pixels and its channels: 1 if it is grey, else 3.
+def inspect(files: Sequence[ImageFile]) -> tuple[int, int]:
+    r"""The shorter side of the first image in pixels, and channels: 1 if all are grey, else 3.
 
     Raises:
         InputError: an image that cannot be read.
     """
+    archives: dict[Path, zipfile.ZipFile] = {}
     with ExitStack() as stack:
-        image = _open(file, {}, stack)
-        return min(image.size), 1 if image.mode.split(";")[0] in ("1", "L", "LA", "I", "F") else 3
+        images = [_open(file, archives, stack) for file in files]
+        grey = (image.mode.split(";")[0] in ("1", "L", "LA", "I", "F") for image in images)
+        return min(images[0].size), 1 if all(grey) else 3
 
 
 def read_images(
@@ -254,14 +257,13 @@ def _list_zip(path: Path) -> Iterator[tuple[str, ImageFile | None]]:
     except Exception as error:  # damaged bytes can raise anything in zipfile
         reason = _reason(error)
         raise InputError(f"cannot read the zip file {path}: {reason}; fetch it again") from error
-    for member in members:
-        parts = [part for part in member.filename.replace("\\", "/").split("/") if part != "."]
-        if ".." in parts:
-            raise InputError(
-                f"the zip file {path} has the member {member.filename!r}, outside of itself; "
-                "pack it again"
-            )
-        name = "/".join(parts).lstrip("/")
+    names = [_member_name(path, member.filename) for member in members]
+    # Of folders around all images, those outside of one that is named as the zip file say nothing.
+    columns = zip(*(name.split("/")[:-1] for name in names if _is_image(name)), strict=False)
+    around = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+    outside = around.index(path.stem) if path.stem in around else 0
+    for name, member in zip(names, members, strict=True):
+        name = "/".join(name.split("/")[outside:])
         if not name.startswith(f"{path.stem}/"):
             name = f"{path.stem}/{name}"
         if not _is_image(name):
@@ -271,6 +273,15 @@ def _list_zip(path: Path) -> Iterator[tuple[str, ImageFile | None]]:
             raise InputError(f"{name} in {path} is encrypted; pack the zip file again without that")
         stamp = (member.file_size, member.CRC)
         yield name, ImageFile(name, path, member.filename, stamp)
+
+
+def _member_name(path: Path, filename: str) -> str:
+    parts = [part for part in filename.replace("\\", "/").split("/") if part != "."]
+    if ".." in parts:
+        raise InputError(
+            f"the zip file {path} has the member {filename!r}, outside of itself; pack it again"
+        )
+    return "/".join(parts).lstrip("/")
 
 
 def _barren(names: Iterable[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """The interface of every mirror map, and the registry by which the package finds them."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -125,7 +125,13 @@ class MirrorMap(nn.Module):
     def forward(self, xs: Tensors, coefficients: Sequence[Any] | None = None) -> tuple:
         """The mirror map z = grad h(x): a tuple of tensors shaped as ``xs``.
 
+        Args:
+            xs: one floating tensor for each that the map was built for, None where there is none.
+            coefficients: what ``coefficients()`` gave, where it is at hand.
+
         Raises:
+            InputError: the tensors are not of the number, the shapes and the dtypes that the map
+                was built for.
             NewtonError: where ``forward_is_closed`` is False, as for ``inverse``.
         """
         return self._each(self._gradient, xs, coefficients)
@@ -133,7 +139,11 @@ class MirrorMap(nn.Module):
     def inverse(self, zs: Tensors, coefficients: Sequence[Any] | None = None) -> tuple:
         """The inverse mirror map x = grad h*(z): a tuple of tensors shaped as ``zs``.
 
+        Args:
+            zs, coefficients: as for ``forward``.
+
         Raises:
+            InputError: as ``forward``.
             NewtonError: where ``inverse_is_closed`` is False: the solve did not converge, or
                 ``zs`` holds NaN or Inf.
         """
@@ -150,6 +160,12 @@ class MirrorMap(nn.Module):
     def bregman(self, xs: Tensors, ys: Tensors) -> Tensor:
         """D_h(x, y) = h(x) - h(y) - <grad h(y), x - y> >= 0, as ``potential``; raises as
         ``forward``."""
+        for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
+            if x is not None and y is not None and x.shape != y.shape:
+                raise InputError(
+                    f"tensor {i} of x has shape {tuple(x.shape)} and that of y {tuple(y.shape)}: "
+                    "pass two points of one shape"
+                )
         # Differences of large numbers, for which half precision is too coarse.
         xs, ys = _at_least_float32(xs), _at_least_float32(ys)
         step = [None if x is None or y is None else x - y for x, y in zip(xs, ys, strict=True)]
@@ -168,7 +184,10 @@ class MirrorMap(nn.Module):
 
         Args:
             displacements: a list over samples of lists over tensors. Maps that have no scale
-                ignore them.
+                ignore them; so are those without a signal, all zero or not finite.
+
+        Raises:
+            InputError: they are not of the shapes that the map was built for.
         """
 
     def profiles(self) -> list[Profile]:
@@ -268,7 +287,7 @@ class OwningMap(MirrorMap):
 
     def __init__(self, params: Sequence[Tensor]):
         super().__init__()
-        params = list(params)
+        params = self._listed(params)
         if not params:
             raise InputError(f"{type(self).__name__} got no parameters: pass a non-empty sequence")
         for i, p in enumerate(params):
@@ -278,6 +297,13 @@ class OwningMap(MirrorMap):
                     f"parameter {i} of {type(self).__name__} is {got}: pass real floating tensors"
                 )
         self.shapes = [tuple(p.shape) for p in params]
+
+    @classmethod
+    def _listed(cls, params: Iterable[Tensor]) -> list[Tensor]:
+        """The tensors of an iterator, which is gone through once."""
+        if isinstance(params, Tensor):  # whose rows could be gone through
+            raise InputError(f"{cls.__name__} got one tensor: pass a sequence, such as [weight]")
+        return list(params)
 
     def _widened(self, xs: Tensors) -> Tensors:
         return _at_least_float32(xs)
@@ -296,7 +322,19 @@ class OwningMap(MirrorMap):
                 "the dtype that it was built for"
             )
 
+    def _check_shapes(self, xs: Tensors) -> None:
+        """Raises InputError unless the tensors are shaped as those that the map was built for."""
+        self._check_count(xs, len(self.shapes))
+        for i, (x, shape) in enumerate(zip(xs, self.shapes, strict=True)):
+            if x is not None and x.shape != shape:
+                raise InputError(
+                    f"tensor {i} has shape {tuple(x.shape)} and {type(self).__name__} was built "
+                    f"for {shape}: pass the tensors in the order and the shapes of then"
+                )
+
     def _batches(self, xs: Tensors, coefficients: Sequence[Any] | None) -> list[_Batch]:
+        if coefficients is None:  # else they may be of a part of each tensor
+            self._check_shapes(xs)
         batches = super()._batches(xs, coefficients)
         for (index,), x, coefficient in batches:
             self._check_dtype(index, x, coefficient)

@@ -33,7 +33,7 @@ class MetaCurvature(OwningMap):
     forward_is_closed = False
 
     def __init__(self, params: Sequence[Tensor]):
-        params = list(params)
+        params = self._listed(params)
         super().__init__(params)
         self.modes = [mode_sizes(p.shape) for p in params]
 
@@ -72,7 +72,10 @@ class MetaCurvature(OwningMap):
         return mode_product(x.reshape(modes), inverses).reshape(x.shape)
 
     def _potential(self, x: Tensor, coefficient) -> Tensor:
-        raise TypeError("MetaCurvature is not the gradient of a function: it has no potential")
+        raise TypeError(
+            "MetaCurvature is not the gradient of a function and has no potential: take "
+            "KroneckerNeural(units=0), its symmetric positive definite kin"
+        )
 
     def _conjugate(self, z: Tensor, coefficient) -> Tensor:
         raise TypeError("MetaCurvature is not the gradient of a function: it has no conjugate")

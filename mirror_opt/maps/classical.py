@@ -55,7 +55,7 @@ class Diagonal(OwningMap):
     entrywise = True
 
     def __init__(self, params: Sequence[Tensor]):
-        params = list(params)
+        params = self._listed(params)
         super().__init__(params)
         self.log_d = nn.ParameterList(
             nn.Parameter(torch.zeros_like(p, dtype=at_least_float32(p.dtype))) for p in params
@@ -330,8 +330,9 @@ class NegativeEntropy(MirrorMap):
         return (dims - 1,) if self.simplex and dims else ()
 
     def _gradient(self, x: Tensor, coefficient: None) -> Tensor:
-        # An entry that underflowed to 0 would have a dual of -inf and never come back.
-        return x.clamp(min=torch.finfo(x.dtype).tiny).log()
+        # An entry that underflowed to 0 would have a dual of -inf and never come back. One below
+        # is none of the domain, and its logarithm NaN.
+        return x.where(x < 0, x.clamp(min=torch.finfo(x.dtype).tiny)).log()
 
     def _gradient_conjugate(self, z: Tensor, coefficient: None) -> Tensor:
         return torch.softmax(z, -1) if self.simplex else z.exp()

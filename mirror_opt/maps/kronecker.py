@@ -233,7 +233,7 @@ class KroneckerNeural(NeuralMap):
         normalized: bool = False,
         seed: int = 0,
     ):
-        params = list(params)
+        params = self._listed(params)
         super().__init__(params, parametrization, units, rho, sigma)
         if not isinstance(normalized, bool):
             raise InputError(f"Invalid {normalized=}: pass True or False")
@@ -262,7 +262,9 @@ class KroneckerNeural(NeuralMap):
         return [group() for group in self.groups]
 
     def _batches(self, xs: Tensors, coefficients: Sequence[_Terms] | None) -> list[_Batch]:
-        coefficients = self.coefficients() if coefficients is None else coefficients
+        if coefficients is None:
+            self._check_shapes(xs)
+            coefficients = self.coefficients()
         self._check_count(xs, len(self.shapes))
         xs = self._widened(xs)
         batches = []

@@ -268,7 +268,7 @@ class SeparableNeural(NeuralMap):
         rho: float = 0.9,
         sigma: str = "algebraic",
     ):
-        params = list(params)
+        params = self._listed(params)
         super().__init__(params, parametrization, units, rho, sigma)
         if share not in ("channel", "tensor"):
             raise InputError(f"Invalid {share=}: pass 'channel' or 'tensor'")

@@ -27,7 +27,7 @@ from mirror_opt.maps.base import MirrorMap
 from mirror_opt.meta.inner import InnerLoop, over_tasks
 from mirror_opt.newton import NewtonError
 
-__all__ = ["ENGINES", "choose_engine", "map_tasks", "mean_loss"]
+__all__ = ["ENGINES", "check_tasks", "choose_engine", "map_tasks", "mean_loss"]
 
 ENGINES = ("loop", "vmap")
 
@@ -70,7 +70,7 @@ def _not_batchable(module: nn.Module) -> str | None:
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
         return "change an embedding in its forward pass: build it without max_norm"
     if isinstance(module, nn.RNNBase):
-        return f"batch {type(module).__name__}: build the model from cells"
+        return f"batch {type(module).__name__}: build the model without"
     if isinstance(module, nn.TransformerEncoderLayer) and not module.training:
         return "batch the fast path of nn.TransformerEncoderLayer: call model.train()"
     if isinstance(module, _SpectralNorm) and module.training:
@@ -88,7 +88,7 @@ def map_tasks(engine: str, function: TaskFn, inner: InnerLoop, tasks: Sequence[T
             differentiated through the support gradients that it takes.
         tasks: tensors whose first dimension counts the tasks.
     """
-    _check_some(tasks)
+    check_tasks(tasks)
     if engine == "vmap":
         within = replace(inner, differentiation="func")
         # Where a solve fails, it fails for all of them: in turn, it does for its own task only.
@@ -111,14 +111,18 @@ def mean_loss(
     Returns:
         The mean, 0-dim; the query losses ``(T,)``; the support losses ``(T, K)``.
     """
-    _check_some(tasks)
+    check_tasks(tasks)
     run = _looped if engine == "loop" else _batched
     return run(function, inner, tasks, skip)
 
 
-def _check_some(tasks: Sequence[Tensor]) -> None:
-    if not len(tasks[0]):
+def check_tasks(tasks: Sequence[Tensor]) -> None:
+    """Raises InputError unless all tensors hold the same number of tasks, and at least one."""
+    counts = [len(x) if x.dim() else 0 for x in tasks]
+    if not counts[0]:
         raise InputError("got a batch of no tasks: pass tensors (T, n, *) with T of at least 1")
+    if len(set(counts)) > 1:
+        raise InputError(f"got tensors of {counts} tasks: pass (T, n, *) with one T for all")
 
 
 def _kept(query: Tensor, support: Tensor, skip: bool) -> Tensor:

@@ -9,30 +9,57 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
 
-from mirror_opt.dtypes import at_least_float32
+from mirror_opt.dtypes import at_least_float32, without_autocast
 from mirror_opt.errors import InputError
 from mirror_opt.maps.base import MirrorMap, dot
 from mirror_opt.newton import NewtonError
 
-__all__ = ["InnerLoop", "LossFn", "Step", "moved", "over_tasks"]
+__all__ = ["InnerLoop", "LossFn", "NotBatchableError", "Step", "moved", "over_tasks"]
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 Tensors = tuple[Tensor, ...]
 
 
-def _twice_differentiable() -> contextlib.AbstractContextManager:
-    """Attention by the one way of torch that has second derivatives."""
+def _twice_differentiable(model: nn.Module) -> contextlib.AbstractContextManager:
+    """What the model calls in the forms that torch has second derivatives of."""
     if torch.compiler.is_compiling():
         return contextlib.nullcontext()
-    return sdpa_kernel(SDPBackend.MATH)
+    stack = contextlib.ExitStack()
+    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    if any(map(_has_weight_norm, model.modules())):
+        stack.enter_context(_WeightNormByHand())
+    return stack
+
+
+def _has_weight_norm(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks.values()
+    return isinstance(module, _WeightNorm) or any(isinstance(h, WeightNorm) for h in hooks)
+
+
+class _WeightNormByHand(TorchFunctionMode):
+    """Weight norm by its formula: the second derivatives of torch's own are wrong, to 2.13."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch._weight_norm:
+            return func(*args, **(kwargs or {}))
+        v, g, dim = args
+        others = [d for d in range(v.dim()) if d != dim % v.dim()] if dim != -1 else None
+        return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
+
+
+class NotBatchableError(InputError):
+    """torch cannot batch an operation over tasks."""
 
 
 def over_tasks(function: Callable) -> Callable:
     """The function of one task as one of a batch of tasks, by ``torch.func.vmap``.
 
     Raises:
-        InputError: an operation of the model or the loss cannot be batched.
+        NotBatchableError: an operation of the model or the loss cannot be batched.
     """
     batched = torch.func.vmap(function, randomness="different")
 
@@ -42,7 +69,7 @@ def over_tasks(function: Callable) -> Callable:
         except RuntimeError as error:
             first = str(error).partition("\n")[0]
             if "vmap" in first or "atching rule" in first:
-                raise InputError(
+                raise NotBatchableError(
                     f"engine='vmap' cannot run this model or loss: pass engine='loop' ({first})"
                 ) from error
             raise
@@ -125,6 +152,11 @@ class InnerLoop:
 
         def one(params: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
             value = loss_fn(self.predict(params, x), y)
+            if not isinstance(value, Tensor):
+                raise InputError(
+                    f"loss_fn gave a {type(value).__name__} for a task: pass one that gives a "
+                    "0-dim tensor"
+                )
             if value.dim():
                 raise InputError(
                     f"loss_fn gave a loss of shape {tuple(value.shape)} for a task: pass one that "
@@ -137,6 +169,9 @@ class InnerLoop:
     def each(self, function: Callable, *args: Any) -> Any:
         """The function of one task, for a batch of tasks where there is one."""
         return over_tasks(function)(*args) if self.differentiation == "batched" else function(*args)
+
+    def _exactly(self, tracked: bool) -> contextlib.AbstractContextManager:
+        return _twice_differentiable(self.model) if tracked else contextlib.nullcontext()
 
     def rate(self, step: int) -> Tensor:
         """alpha of a step, counted from 0."""
@@ -157,7 +192,8 @@ class InnerLoop:
         if self.mirror_map.anchored:
             return None
         init = tuple(p.to(at_least_float32(p.dtype)) for p in self.init)
-        return self.mirror_map(init, self.coefficients)
+        with without_autocast(init):
+            return self.mirror_map(init, self.coefficients)
 
     def primal(self, zeta: Sequence[Tensor], start: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
         """phi for a displacement zeta of the dual; NaN for a task whose solve fails, such as one
@@ -179,15 +215,16 @@ class InnerLoop:
                 pairs = zip(zeta, self.init, strict=True)
                 return tuple((z * math.nan).to(p.dtype) for z, p in pairs)
 
-        if self.differentiation == "func":
-            return one(zeta)  # for all tasks at once, which ``map_tasks`` then takes in turn
-        if self.differentiation == "autograd":
-            return alone(zeta)
-        try:
-            return self.each(one, tuple(zeta))
-        except NewtonError:
-            each = [alone(task) for task in zip(*zeta, strict=True)]
-            return tuple(torch.stack(xs) for xs in zip(*each, strict=True))
+        with without_autocast(self.init):
+            if self.differentiation == "func":
+                return one(zeta)  # for all tasks at once, which ``map_tasks`` then takes in turn
+            if self.differentiation == "autograd":
+                return alone(zeta)
+            try:
+                return self.each(one, tuple(zeta))
+            except NewtonError:
+                each = [alone(task) for task in zip(*zeta, strict=True)]
+                return tuple(torch.stack(xs) for xs in zip(*each, strict=True))
 
     def gradient(
         self, params: Sequence[Tensor], loss_fn: LossFn, x: Tensor, y: Tensor
@@ -203,9 +240,15 @@ class InnerLoop:
             )
         # Outside vmap plain autograd is cheaper: no dispatch of transforms around every operation.
         tracked = torch.is_grad_enabled()
-        with torch.enable_grad(), _twice_differentiable() if tracked else contextlib.nullcontext():
-            at = params if tracked else [p.detach().requires_grad_() for p in params]
+        with torch.enable_grad(), self._exactly(tracked):
+            # A parameter that is frozen outside of the tasks adapts within them.
+            at = [p if tracked and p.requires_grad else p.detach().requires_grad_() for p in params]
             value = self.loss(loss_fn, tuple(at), x, y)
+            if not value.requires_grad:
+                raise InputError(
+                    "loss_fn gave a loss without a derivative: compute it from the prediction by "
+                    "differentiable operations"
+                )
             gradient = torch.autograd.grad(
                 value.sum(), at, create_graph=tracked, allow_unused=True, materialize_grads=True
             )

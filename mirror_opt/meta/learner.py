@@ -1,6 +1,6 @@
 """MetaLearner: learns where to start, in which geometry to move, and how fast."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mirror_opt.dtypes import at_least_float32
+from mirror_opt.dtypes import at_least_float32, without_autocast
 from mirror_opt.errors import InputError, is_integer, is_number
 from mirror_opt.maps.base import MirrorMap
 from mirror_opt.maps.classical import Euclidean
 from mirror_opt.meta.adapted import Adapted, AdaptedBatch, Evaluation, raise_nonfinite
-from mirror_opt.meta.engines import choose_engine, map_tasks, mean_loss
-from mirror_opt.meta.inner import InnerLoop, LossFn
+from mirror_opt.meta.engines import check_tasks, choose_engine, map_tasks, mean_loss
+from mirror_opt.meta.inner import InnerLoop, LossFn, NotBatchableError
 from mirror_opt.meta.stability import guarded_run
 
 __all__ = ["MetaLearner"]
@@ -76,6 +76,16 @@ class MetaLearner(nn.Module):
         nonfinite: str = "raise",
     ):
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise InputError(f"Invalid model of type {type(model).__name__}: pass an nn.Module")
+        if not isinstance(mirror_map, MirrorMap | None):
+            raise InputError(
+                f"Invalid {mirror_map=}: pass an instance of a map in mirror_opt.maps, such as "
+                "maps.KroneckerNeural(model.parameters())"
+            )
+        for name, value in (("first_order", first_order), ("learn_lr", learn_lr)):
+            if not isinstance(value, bool):
+                raise InputError(f"Invalid {name}={value!r}: pass True or False")
         if not (is_number(lr) and 0 < lr < float("inf")):
             raise InputError(f"Invalid {lr=}: pass a finite step size above 0")
         horizon = tuple(steps) if isinstance(steps, tuple | list) else (steps, steps)
@@ -95,6 +105,7 @@ class MetaLearner(nn.Module):
         self.horizon, self.steps = horizon, horizon[1]
         self.first_order, self.guard = first_order, guard
         self.engine, self.nonfinite = engine, nonfinite
+        self._in_turn = False  # since torch cannot batch the tasks
         like = next(iter(adapted.values()))
         # One rate a step, so that the logs cost nothing and the rates stay positive.
         log_lr = torch.full((self.steps,), lr, dtype=torch.float64).log()
@@ -105,21 +116,26 @@ class MetaLearner(nn.Module):
     def adapted_parameters(
         model: nn.Module, adapt: Iterable[str] | None = None
     ) -> dict[str, nn.Parameter]:
-        """The parameters of the model whose names match one of the patterns, in order."""
+        """The parameters of the model whose names match one of the patterns, in order.
+
+        Args:
+            model: the network; of its parameters those that require gradients.
+            adapt: patterns (``fnmatch``), or one; all parameters when None.
+
+        Raises:
+            InputError: there is no such parameter, or none for one of the patterns.
+        """
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        if adapt is None:
-            chosen = named
-        else:
-            patterns = [adapt] if isinstance(adapt, str) else list(adapt)
-            chosen = {
-                n: p for n, p in named.items() if any(fnmatchcase(n, pat) for pat in patterns)
-            }
-        if not chosen:
-            raise InputError(
-                f"no trainable parameter of {type(model).__name__} matches {adapt=}: "
-                f"pass patterns for names such as {', '.join(list(named)[:3]) or '(none)'}"
-            )
-        return chosen
+        patterns = ["*"] if adapt is None else [adapt] if isinstance(adapt, str) else list(adapt)
+        matches = [{name for name in named if fnmatchcase(name, pattern)} for pattern in patterns]
+        for pattern, found in zip(patterns or [""], matches or [set()], strict=True):
+            if not found:
+                raise InputError(
+                    f"no trainable parameter of {type(model).__name__} matches {pattern!r} of "
+                    f"{adapt=}: pass patterns for names such as "
+                    f"{', '.join(list(named)[:3]) or '(none)'}"
+                )
+        return {name: p for name, p in named.items() if any(name in found for found in matches)}
 
     def inner_loop(self) -> InnerLoop:
         """The inner loop at the present meta-parameters: shared by all tasks of a meta-batch.
@@ -131,13 +147,15 @@ class MetaLearner(nn.Module):
         init = tuple(named.pop(name) for name in self.names)
         frozen = {**named, **dict(self.model.named_buffers())}
         self.mirror_map.check_domain(init)  # which an outer step may have left
+        with without_autocast(init):
+            coefficients = self.mirror_map.coefficients()
         return InnerLoop(
             self.model,
             self.mirror_map,
             self.names,
             init,
             frozen,
-            self.mirror_map.coefficients(),
+            coefficients,
             self.log_lr.exp(),
             self.steps,
             "autograd",
@@ -213,17 +231,18 @@ class MetaLearner(nn.Module):
             NonFiniteLossError: as ``adapt``.
         """
         steps = self._check_steps(steps)
-        engine = choose_engine(self.engine, self.model, self.mirror_map)
+        check_tasks((x, y))
         inner, runner = self.inner_loop(), self._runner(guard, steps)
 
         def task(inner: InnerLoop, x: Tensor, y: Tensor):
             return self._adapt(runner, inner, loss_fn, x, y, steps)
 
-        if engine == "vmap" and torch.is_grad_enabled():
-            result = task(replace(inner, differentiation="batched"), x, y)
-        else:
-            result = map_tasks(engine, task, inner, (x, y))
-        params, losses, accepted = result
+        def run(engine: str):
+            if engine == "vmap" and torch.is_grad_enabled():
+                return engine, task(replace(inner, differentiation="batched"), x, y)
+            return engine, map_tasks(engine, task, inner, (x, y))
+
+        engine, (params, losses, accepted) = self._with_engine(run)
         if self.nonfinite == "raise":
             raise_nonfinite(losses.detach())
         named = dict(zip(self.names, params, strict=True))
@@ -259,7 +278,6 @@ class MetaLearner(nn.Module):
         if steps is None and self.training and low < high:
             steps = int(torch.randint(low, high + 1, (), device="cpu"))
         steps = self._check_steps(steps)
-        engine = choose_engine(self.engine, self.model, self.mirror_map)
 
         def task(inner: InnerLoop, sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor):
             params, losses, _ = self._adapt(InnerLoop.run, inner, loss_fn, sx, sy, steps)
@@ -267,7 +285,10 @@ class MetaLearner(nn.Module):
 
         tasks = (support_x, support_y, query_x, query_y)
         skip = self.nonfinite == "skip"
-        loss, query, support = mean_loss(engine, task, self.inner_loop(), tasks, skip)
+        inner = self.inner_loop()
+        loss, query, support = self._with_engine(
+            lambda engine: mean_loss(engine, task, inner, tasks, skip)
+        )
         if not skip or not bool(torch.isfinite(loss)):
             raise_nonfinite(support, query)
         return loss
@@ -301,7 +322,7 @@ class MetaLearner(nn.Module):
         Raises:
             InputError: ``adapt_steps`` or ``guard`` is out of range.
         """
-        if not adapt_steps or None in adapt_steps:
+        if not isinstance(adapt_steps, Sequence) or not adapt_steps or None in adapt_steps:
             raise InputError(f"Invalid {adapt_steps=}: pass one or more numbers of steps")
         steps = max(map(self._check_steps, adapt_steps))
         runner = self._runner(guard, steps)
@@ -319,9 +340,8 @@ class MetaLearner(nn.Module):
 
             return metrics, collect("loss"), collect("slope"), collect("accepted")
 
-        engine = choose_engine(self.engine, self.model, self.mirror_map)
-        tasks = (support_x, support_y, query_x, query_y)
-        metrics, *trails = map_tasks(engine, task, self.inner_loop(), tasks)
+        tasks, inner = (support_x, support_y, query_x, query_y), self.inner_loop()
+        metrics, *trails = self._with_engine(lambda engine: map_tasks(engine, task, inner, tasks))
         empty = query_x.new_zeros(query_x.shape[0], 0)
         losses, slopes, accepted = (t if isinstance(t, Tensor) else None for t in trails)
         return Evaluation(
@@ -331,26 +351,54 @@ class MetaLearner(nn.Module):
             accepted,
         )
 
+    def _with_engine(self, run: Callable[[str], Any]) -> Any:
+        """``run(engine)``, where ``"auto"`` takes the tasks in turn if torch cannot batch them."""
+        engine = choose_engine(self.engine, self.model, self.mirror_map)
+        if self.engine != "auto":
+            return run(engine)
+        drawn = torch.get_rng_state()
+        try:
+            return run("loop" if self._in_turn else engine)
+        except NotBatchableError:
+            self._in_turn = True
+            torch.set_rng_state(drawn)  # as if it had not been tried
+            return run("loop")
+
     def calibrate(self, loss_fn: LossFn, support_x: Tensor, support_y: Tensor) -> None:
         """Sets the scale of the map to the first Euclidean step, -alpha g, on a batch of tasks.
 
         Call it once, before training.
 
         Args:
+            loss_fn: the support loss, as ``adapt`` takes it.
             support_x, support_y: ``(T, n, *)``.
+
+        Raises:
+            InputError: there are no tasks, or a gradient is not finite. The map is as before then.
         """
+        check_tasks((support_x, support_y))
         inner = self.inner_loop()
         with torch.no_grad():
             displacements = [
                 [-inner.rate(0) * g for g in inner.gradient(inner.init, loss_fn, x, y)[0]]
                 for x, y in zip(support_x, support_y, strict=True)
             ]
-        self.mirror_map.calibrate(displacements)
+        if not all(bool(d.isfinite().all()) for task in displacements for d in task):
+            raise InputError(
+                "a support gradient at the init is not finite: look for NaN in the inputs, or for "
+                "an init that has diverged"
+            )
+        with without_autocast(inner.init):
+            self.mirror_map.calibrate(displacements)
 
     def param_groups(
         self, *, init_lr: float, map_lr: float, rate_lr: float = 1e-2
     ) -> list[dict[str, Any]]:
-        """Groups for a torch optimizer: ``init``, and ``map`` and ``rate`` where learned."""
+        """Groups for a torch optimizer: ``init``, and ``map`` and ``rate`` where learned.
+
+        Args:
+            init_lr, map_lr, rate_lr: the outer learning rates.
+        """
         groups: list[dict[str, Any]] = [
             {"name": "init", "params": list(self.model.parameters()), "lr": init_lr},
             {"name": "map", "params": list(self.mirror_map.parameters()), "lr": map_lr},

@@ -89,7 +89,7 @@ def adopt(mine: list[Group], groups: list[Group], state: State) -> None:
         _check_group(own, group)
         for slot, p in enumerate(group["params"]):
             found, where = state.get(p, {}), parameter_name(own, slot)
-            for key in STATE & found.keys():
+            for key in filter(STATE.__contains__, found):
                 _check_state(found[key].value, p, f"{key} of {where}")
             # Without what it is measured from, a displacement says nothing.
             if "dual" in found and not {"anchor", "dual_init"} & found.keys():

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
+from mirror_opt.dtypes import autocast_devices
 from mirror_opt.errors import InputError
 from mirror_opt.maps import Euclidean, MirrorMap
 from mirror_opt.newton import NewtonError, Status
@@ -209,11 +210,11 @@ class MirrorDescent(Optimizer):
 
     def _step_without_autocast(self) -> None:
         # Autocast would compute the products of a map in half precision.
-        for kind in {p.device.type for group in self.param_groups for p in group["params"]}:
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                with torch.autocast(kind, enabled=False):
-                    return self._step_without_autocast()
-        return self._step()
+        kinds = autocast_devices(p for group in self.param_groups for p in group["params"])
+        if not kinds:
+            return self._step()
+        with torch.autocast(kinds[0], enabled=False):
+            return self._step_without_autocast()
 
     def _step(self) -> None:
         if torch.compiler.is_compiling():

@@ -112,14 +112,14 @@ def check_group(group: Group, defaults: Group) -> None:
             )
     if group["fused"] and not isinstance(group["mirror_map"], FUSED):
         raise InputError(
-            f"Invalid fused=True for {type(group['mirror_map']).__name__}: there is a fused step for "
-            f"{' and '.join(kind.__name__ for kind in FUSED)} only, pass fused=None"
+            f"Invalid fused=True for {type(group['mirror_map']).__name__}: there is a fused step "
+            f"for {' and '.join(kind.__name__ for kind in FUSED)} only, pass fused=None"
         )
     for slot, p in enumerate(group["params"]):
         if torch._debug_has_internal_overlap(local(p)) == 1:
             raise InputError(
-                f"{parameter_name(group, slot)} is expanded, so that its entries share memory: pass "
-                "p.contiguous()"
+                f"{parameter_name(group, slot)} is expanded, so that its entries share memory: "
+                "pass p.contiguous()"
             )
         if p.dtype not in _DTYPES:
             raise InputError(

@@ -30,7 +30,7 @@ def round_stochastically(x: Tensor, generator: Generator | None = None) -> Tenso
 
 
 def may_round_to(x: Tensor, rounded: Tensor) -> Tensor:
-    """Whether ``round_stochastically`` may make the bfloat16 numbers of these float32, entrywise."""
+    """Whether ``round_stochastically`` may make these bfloat16 of float32 numbers x, entrywise."""
     bits = x.contiguous().view(torch.int32)
     sides = (bits & -(1 << 16), (bits + 0xFFFF) & -(1 << 16))
     down, up = (side.view(torch.float32).bfloat16() for side in sides)

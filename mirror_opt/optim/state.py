@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mirror_opt.errors import InputError
+from mirror_opt.newton import NewtonError
 from mirror_opt.optim.options import (
     Group,
     is_anchored,
@@ -15,7 +16,6 @@ from mirror_opt.optim.options import (
     parameter_name,
     state_dtype,
 )
-from mirror_opt.newton import NewtonError
 from mirror_opt.optim.plan import Lists
 from mirror_opt.optim.rounding import may_round_to
 from mirror_opt.optim.sharded import (
@@ -206,7 +206,7 @@ class States:
 
     def _differing(self, lists: Lists, places: list[int]) -> list[int]:
         """The places where a parameter is not what its dual state makes it, but for rounding."""
-        if not places or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if not places or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return []
         found = []
         for i, old in zip(places, self._of_duals(lists, places), strict=True):
@@ -214,7 +214,8 @@ class States:
             # The parameter was rounded once, to either side; the map rounds on its way.
             numbers = torch.stack([x.to(old.dtype), old, *lists.anchors[i : i + 1]])
             largest = numbers.abs().max() if x.numel() else 0.0
-            rounding = torch.finfo(x.dtype).eps * x.abs() + 64 * torch.finfo(old.dtype).eps * largest
+            own, wide = (torch.finfo(y.dtype).eps for y in (x, old))
+            rounding = own * x.abs() + 64 * wide * largest
             differs = ~((x - old).abs() <= rounding).all()
             if is_sharded(whole):  # all of its processes go through the map, or none
                 differs = anywhere(differs, meshes([whole])) != 0

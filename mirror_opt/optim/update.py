@@ -95,7 +95,8 @@ def mirror_descent(
         directions = _as_dtype_of(buffers, directions)
         new_buffers = add(scale(buffers, momentum), directions)
         directions = add(directions, new_buffers, momentum) if nesterov else new_buffers
-    elif buffers:  # which, rounded to nearest, a momentum near 1 would leave as they are
+    elif buffers and draws is not None:
+        # Rounded to nearest, buffers would stay as they are where the momentum is near 1.
         directions = widened(directions)
         moving = add(scale(widened(buffers), momentum), directions)
         new_buffers = _drawn(buffers, moving, draws)

@@ -34,7 +34,7 @@ class Written:
             return (), ()
         left = self._left.get(id(group))
         if left is None:
-            return (), group["params"] if self._doubtful else ()
+            return (), set(group["params"]) if self._doubtful else ()
         other_map = left.mirror_map is not group["mirror_map"]
         changed, doubtful = set(), set()
         for p, q, then in zip(group["params"], left.params, left.versions, strict=False):

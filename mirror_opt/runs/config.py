@@ -178,6 +178,12 @@ class RunConfig:
                 )
         if self.method == "mirror":
             _choice("map", self.map, maps.REGISTRY)
+            if maps.REGISTRY[str(self.map)].domain != "reals":
+                reals = [name for name, cls in maps.REGISTRY.items() if cls.domain == "reals"]
+                raise InputError(
+                    f"--map {self.map}: for positive parameters, with which no network of these "
+                    f"tasks starts; choose from {', '.join(reals)}"
+                )
         elif self.map is not None:
             raise InputError(self._no_map("map", self.map))
         # In full, so that a run outlives a change of the defaults.

@@ -14,7 +14,7 @@ from mirror_opt.fewshot import TaskFamily
 from mirror_opt.meta import MetaLearner
 from mirror_opt.runs import checkpoint, results
 from mirror_opt.runs.config import GUARDS, RunConfig, build
-from mirror_opt.runs.directory import CHECKPOINT, RESULTS, read_configs
+from mirror_opt.runs.directory import CHECKPOINT, CONFIG, RESULTS, read_configs
 from mirror_opt.runs.lock import writing
 from mirror_opt.runs.options import option, pairs, resume_command
 
@@ -94,6 +94,7 @@ def load_run(
     path = Path(out) / CHECKPOINT
     state = checkpoint.load(path)
     stored = RunConfig.from_dict(state["config"], path)
+    _check_own(Path(out), stored)
     given = dict(given or {})
     for name in given:
         if name not in OVERRIDES:
@@ -117,6 +118,23 @@ def load_run(
     task, learner = build(config)
     checkpoint.restore(path, learner, state["learner"], "model")
     return config, task, learner, state
+
+
+def _check_own(out: Path, stored: RunConfig) -> None:
+    r"""Raises InputError if the checkpoint in ``out`` is of another run than the config there."""
+    # The config of a comparison lies above the directories of its methods.
+    for place, name in ((out, ""), (out.parent, out.name)):
+        if (place / CONFIG).exists() and name in (configs := read_configs(place)):
+            config = RunConfig.from_dict(configs[name], place / CONFIG)
+            fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)}
+            try:
+                stored.check_same(fields, out / CHECKPOINT)
+            except InputError as error:
+                raise InputError(
+                    f"{out / CHECKPOINT}: of another run than {place / CONFIG}; bring back the one "
+                    f"that it was trained with ({str(error).partition(';')[0]})"
+                ) from None
+            return
 
 
 def method_dirs(out: str | os.PathLike) -> list[Path]:
