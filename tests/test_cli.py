@@ -64,7 +64,6 @@ from cli_cases import IMAGES, SMALL, fails, run
         ("--task sinusoid --seed -1", "--seed -1"),
         ("--task sinusoid --iterations ten", "invalid int value: 'ten'"),
         ("--task sinusoid --iteration 10", "unrecognized arguments: --iteration 10"),
-        ("--task sinusoid --map negative-entropy", "NegativeEntropy"),
     ],
 )
 def test_wrong_input_to_train(tmp_path, capsys, monkeypatch, arguments, says):

@@ -393,7 +393,7 @@ def test_folders_that_hold_each_other(folder):
         ("[]", "write a JSON object with a list of classes for each of train, val, test"),
         ('{"train": ["train-0", "cat"]}', "names class 'cat', but there is no image in"),
         ('{"train": ["train-0"]}', "no split 'test'"),
-        ('{"train": ["train-0"], "valid": []}', "cannot read .*: it has 'valid'; write a JSON obje"),
+        ('{"train": ["train-0"], "valid": []}', "cannot read .*: it has 'valid'; write a JSON"),
         ('{"train": "train-0"}', "cannot read .*: 'train-0' is no list; write a JSON object with"),
         ('{"train": {"train-0": 1}}', "cannot read .*: {'train-0': 1} is no list"),
         ('{"train": ["train-0", "train-0"]}', "names class 'train-0' in train twice: leave one"),

@@ -324,7 +324,8 @@ def test_calibration_is_on_the_first_euclidean_step():
     learner = MetaLearner(net, maps.SeparableNeural(net.parameters(), share="tensor"), lr=0.25)
     x, y = data()[:2]
     learner.calibrate(F.mse_loss, x, y)
-    moved = [MetaLearner(net, lr=0.25, steps=1).adapt(F.mse_loss, *task) for task in zip(x, y)]
+    maml = MetaLearner(net, lr=0.25, steps=1)
+    moved = [maml.adapt(F.mse_loss, *task) for task in zip(x, y, strict=True)]
     for name, group in zip(("weight", "bias"), learner.mirror_map.groups, strict=True):
         steps = torch.stack([m.params[name] - net.get_parameter(name) for m in moved])
         torch.testing.assert_close(group.unit.flatten(), steps.square().mean().sqrt().flatten())

@@ -24,24 +24,23 @@ LossFn = Callable[[Tensor, Tensor], Tensor]
 Tensors = tuple[Tensor, ...]
 
 
-def _twice_differentiable(model: nn.Module) -> contextlib.AbstractContextManager:
-    """What the model calls in the forms that torch has second derivatives of."""
+def _twice_differentiable() -> contextlib.AbstractContextManager:
+    """Attention by the one way of torch that has second derivatives."""
     if torch.compiler.is_compiling():
         return contextlib.nullcontext()
-    stack = contextlib.ExitStack()
-    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-    if any(map(_has_weight_norm, model.modules())):
-        stack.enter_context(_WeightNormByHand())
-    return stack
-
-
-def _has_weight_norm(module: nn.Module) -> bool:
-    hooks = module._forward_pre_hooks.values()
-    return isinstance(module, _WeightNorm) or any(isinstance(h, WeightNorm) for h in hooks)
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 class _WeightNormByHand(TorchFunctionMode):
-    """Weight norm by its formula: the second derivatives of torch's own are wrong, to 2.13."""
+    """Weight norm by its formula: torch's own has wrong second derivatives, to 2.13, and no
+    batching rule."""
+
+    @staticmethod
+    def where_needed(model: nn.Module) -> contextlib.AbstractContextManager:
+        """It, for a model that has any."""
+        if torch.compiler.is_compiling() or not any(map(_has_weight_norm, model.modules())):
+            return contextlib.nullcontext()
+        return _WeightNormByHand()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not torch._weight_norm:
@@ -49,6 +48,11 @@ class _WeightNormByHand(TorchFunctionMode):
         v, g, dim = args
         others = [d for d in range(v.dim()) if d != dim % v.dim()] if dim != -1 else None
         return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
+
+
+def _has_weight_norm(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks.values()
+    return isinstance(module, _WeightNorm) or any(isinstance(hook, WeightNorm) for hook in hooks)
 
 
 class NotBatchableError(InputError):
@@ -145,7 +149,8 @@ class InnerLoop:
             for name, value in self.frozen.items()
         }
         named = {**frozen, **dict(zip(self.names, params, strict=True))}
-        return torch.func.functional_call(self.model, named, (x,))
+        with _WeightNormByHand.where_needed(self.model):
+            return torch.func.functional_call(self.model, named, (x,))
 
     def loss(self, loss_fn: LossFn, params: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
         """The loss at adapted parameters: 0-dim, or ``(T,)`` for a batch of tasks."""
@@ -169,9 +174,6 @@ class InnerLoop:
     def each(self, function: Callable, *args: Any) -> Any:
         """The function of one task, for a batch of tasks where there is one."""
         return over_tasks(function)(*args) if self.differentiation == "batched" else function(*args)
-
-    def _exactly(self, tracked: bool) -> contextlib.AbstractContextManager:
-        return _twice_differentiable(self.model) if tracked else contextlib.nullcontext()
 
     def rate(self, step: int) -> Tensor:
         """alpha of a step, counted from 0."""
@@ -240,7 +242,7 @@ class InnerLoop:
             )
         # Outside vmap plain autograd is cheaper: no dispatch of transforms around every operation.
         tracked = torch.is_grad_enabled()
-        with torch.enable_grad(), self._exactly(tracked):
+        with torch.enable_grad(), _twice_differentiable() if tracked else contextlib.nullcontext():
             # A parameter that is frozen outside of the tasks adapts within them.
             at = [p if tracked and p.requires_grad else p.detach().requires_grad_() for p in params]
             value = self.loss(loss_fn, tuple(at), x, y)
