@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mirror_opt import NewtonError, maps, reference
-from mirror_opt.newton import Status, implicit_convex, solve_convex, solve_monotone
+from mirror_opt.newton import Status, solve_monotone
+from mirror_opt.newton_cg import implicit_convex, solve_convex
 from mirror_opt.ops import separable_inverse
 from mirror_opt.reference import SIGMAS, Units
 

@@ -47,25 +47,12 @@ def run(name, map_options, options, steps, compiled_with=None):
     return [p.detach() for p in params]
 
 
-def solves_by_descent(name, map_options, options):
-    """Whether a step runs Newton's method with conjugate gradients, which stays outside graphs."""
-    mirror_map = learned(name, start(name, {}), map_options)
-    if name != "kronecker" or mirror_map.elementwise:
-        return False
-    decays = options.get("weight_decay", 0) > 0
-    return not mirror_map.inverse_is_closed or (decays and not mirror_map.forward_is_closed)
-
-
 @pytest.mark.parametrize(
     ("name", "map_options", "options"),
     [(*case, OPTIONS[i % len(OPTIONS)]) for i, case in enumerate(CASES)],
     ids=IDS,
 )
 def test_one_graph_serves_a_schedule(name, map_options, options):
-    if solves_by_descent(name, map_options, options):
-        options = {"momentum": 0.9}
-        if solves_by_descent(name, map_options, options):
-            pytest.skip("its inverse is a descent, whose length depends on the values")
     counter = CompileCounterWithBackend("aot_eager")
     compiled = run(name, map_options, options, 5, counter)
     eager = run(name, map_options, options, 5)
@@ -133,9 +120,7 @@ def over(name, map_options):
     return make
 
 
-@pytest.mark.parametrize(
-    ("name", "map_options"), [c for c in CASES if not solves_by_descent(*c, {})], ids=str
-)
+@pytest.mark.parametrize(("name", "map_options"), CASES, ids=IDS)
 def test_a_whole_train_step_is_two_graphs_for_a_schedule(name, map_options):
     # The model's, forward and backward, and the optimizer's. torch's own optimizers break their
     # step on purpose and take more; no optimizer can be in one graph with backward, since torch
@@ -144,14 +129,6 @@ def test_a_whole_train_step_is_two_graphs_for_a_schedule(name, map_options):
     compiled, graphs = train(make, True)
     torch.testing.assert_close(compiled, train(make, False)[0])
     assert graphs == [2] * 5
-
-
-def test_a_solve_by_descent_stays_outside_the_graphs():
-    make = over("kronecker", {"terms": 2, "parametrization": "primal"})
-    compiled, graphs = train(make, True)
-    torch.testing.assert_close(compiled, train(make, False)[0])
-    assert graphs == [graphs[0]] * 5
-    assert graphs[0] <= 10
 
 
 def test_torch_compiles_its_own_optimizers_to_more():

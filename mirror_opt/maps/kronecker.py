@@ -1,8 +1,7 @@
 """KroneckerNeural: separable maps in learned rotated coordinates, summed. The default map."""
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +9,9 @@ from torch import Tensor, nn
 from mirror_opt.dtypes import at_least_float32
 from mirror_opt.errors import InputError, is_integer, is_number
 from mirror_opt.maps.base import Profile, Tensors, _Batch, register
-from mirror_opt.maps.modes import fused_mode, mode_product, mode_sizes
-from mirror_opt.maps.separable import NeuralMap, NeuralUnits, Separable, alike
-from mirror_opt.newton import NewtonError, Status, convex_scale, convex_tolerance, implicit_convex
-from mirror_opt.ops.kronecker import rotation_is_fused, separable_rotated
-from mirror_opt.reference import Units, psi_bracket, psi_slope, psi_slope_bounds
-from mirror_opt.untraced import untraced
+from mirror_opt.maps.modes import mode_sizes
+from mirror_opt.maps.rotated import Rotated
+from mirror_opt.maps.separable import NeuralMap, NeuralUnits, alike
 
 __all__ = ["KroneckerNeural"]
 
@@ -86,41 +82,6 @@ class _Factors(nn.Module):
         return m * (m.shape[-1] ** 0.5 / norm)
 
 
-def _norms(x: Tensor) -> Tensor:
-    """The norm of each of G tensors: ``(G,)``."""
-    x = x.reshape(len(x), -1)
-    if not x.numel():
-        return x.new_zeros(len(x))
-    size = x.abs().amax(1).clamp(min=torch.finfo(x.dtype).tiny)  # whose square may be out of range
-    return size * (x / size.unsqueeze(1)).norm(dim=1)
-
-
-class _Terms(NamedTuple):
-    """Coefficients of G tensors: F(u) = eps u + sum_r M_r^T S_r(M_r u), for each its own."""
-
-    factors: tuple[Tensor, ...]  # (G, R, n, n) for each mode
-    separable: Separable  # of all (G, R); its gain holds the weight (1 - eps) / R
-
-    def of(self, members: Sequence[int]) -> "_Terms":
-        """Those of some of the tensors."""
-
-        # Views and a stack: an index would have to be copied to an accelerator, which waits for it.
-        def some(x: Tensor, dim: int = 0) -> Tensor:
-            return torch.stack([x.select(dim, m) for m in members], dim)
-
-        gain, units, sigma = self.separable
-        separable = Separable(some(gain), Units(*(some(x, 1) for x in units)), sigma)
-        return _Terms(tuple(map(some, self.factors)), separable)
-
-    def tensors(self) -> list[Tensor]:
-        """All that they hold, in the order that ``replaced`` takes."""
-        return [self.separable.gain, *self.separable.units, *self.factors]
-
-    def replaced(self, gain: Tensor, w: Tensor, s: Tensor, c: Tensor, *factors: Tensor) -> "_Terms":
-        """The same with other values."""
-        return _Terms(factors, Separable(gain, Units(w, s, c), self.separable.sigma))
-
-
 class _Group(nn.Module):
     """The map's parameters for G tensors of equal shape, which are worked on at once.
 
@@ -150,12 +111,12 @@ class _Group(nn.Module):
         pace = _GAIN_PACE if normalized else 1.0
         view = like.detach().reshape(self.sizes).expand(len(indices), self.terms, *self.sizes)
         self.units = NeuralUnits(view, min(3, view.dim()), **units, terms=2, pace=pace)
-        self.weight = (1 - eps) / self.terms
+        self.eps, self.weight = eps, (1 - eps) / self.terms
 
-    def forward(self) -> _Terms:
+    def forward(self) -> Rotated:
         separable = self.units()
         separable = separable._replace(gain=self.weight * separable.gain)
-        return _Terms(tuple(f() for f in self.factors), separable)
+        return Rotated(tuple(f() for f in self.factors), separable, self.eps)
 
     def stack(self, xs: Sequence[Tensor]) -> Tensor:
         """Tensors of the group as ``(number, *sizes)``."""
@@ -258,10 +219,10 @@ class KroneckerNeural(NeuralMap):
 
     groups: Any  # a ModuleList of _Group
 
-    def coefficients(self) -> list[_Terms]:
+    def coefficients(self) -> list[Rotated]:
         return [group() for group in self.groups]
 
-    def _batches(self, xs: Tensors, coefficients: Sequence[_Terms] | None) -> list[_Batch]:
+    def _batches(self, xs: Tensors, coefficients: Sequence[Rotated] | None) -> list[_Batch]:
         if coefficients is None:
             self._check_shapes(xs)
             coefficients = self.coefficients()
@@ -278,7 +239,7 @@ class KroneckerNeural(NeuralMap):
                 batches.append(_Batch(indices, group.stack(present), own))
         return batches
 
-    def _own_dtype(self, coefficient: _Terms) -> torch.dtype:
+    def _own_dtype(self, coefficient: Rotated) -> torch.dtype:
         return coefficient.separable.gain.dtype
 
     def _each(
@@ -303,7 +264,7 @@ class KroneckerNeural(NeuralMap):
                 mine = terms.of([member])
                 samples = self._samples(displacements, i, terms)
                 if samples:
-                    rotated = [self._rotate(group.stack([x]), mine) for x in samples]
+                    rotated = [mine.rotate(group.stack([x])) for x in samples]
                     group.units.calibrate(rotated, slice(member, member + 1))
 
     def profiles(self) -> list[Profile]:
@@ -317,129 +278,14 @@ class KroneckerNeural(NeuralMap):
 
     # For a group u of tensors, (G, *sizes).
 
-    @staticmethod
-    def _rotate(u: Tensor, terms: _Terms) -> Tensor:
-        """M_r u for every r: ``(G, R, *sizes)``."""
-        return mode_product(u.unsqueeze(1), terms.factors)
+    def _closed(self, u: Tensor, coefficient: Rotated) -> Tensor:
+        return coefficient.value(u)
 
-    def _back(self, v: Tensor, u: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
-        """eps u + sum_r M_r^T v_r."""
-        total = mode_product(v, factors, transpose=True)
-        total = total.sum(1) if total.shape[1] > 1 else total.squeeze(1)
-        return torch.add(total, u, alpha=self.eps)
+    def _integral(self, u: Tensor, coefficient: Rotated) -> Tensor:
+        return coefficient.integral(u)
 
-    def _closed(self, u: Tensor, coefficient: _Terms) -> Tensor:
-        _, units, sigma = coefficient.separable
-        mode = fused_mode(u.shape[1:]) if coefficient.factors else None
-        if mode is not None and u.numel() and rotation_is_fused(u, len(units.w), sigma):
-            return self._closed_fused(u, coefficient, mode)
-        rotated = self._rotate(u, coefficient)
-        return self._back(coefficient.separable.value(rotated), u, coefficient.factors)
+    def _solve(self, t: Tensor, coefficient: Rotated) -> Tensor:
+        return coefficient.inverse(t)
 
-    def _closed_fused(self, u: Tensor, terms: _Terms, mode: int) -> Tensor:
-        """``_closed``, with the products of this mode and S as one operator."""
-        gain, units, sigma = terms.separable
-        groups, *sizes = u.shape
-        before = math.prod(sizes[:mode])  # 1 if the mode is the first, else it is the last
-        left = before == 1
-        matrix = (sizes[mode], -1) if left else (before, sizes[mode])
-        factor = terms.factors[mode]
-        others: list[Tensor | None] = list(terms.factors)
-        others[mode] = None
-        for i, n in enumerate(sizes):
-            if n == 1:
-                factor, others[i] = factor * terms.factors[i], None
-        # Alone, the mode takes the sum over the terms and eps u in; else each term is for itself.
-        alone = not any(f is not None for f in others)
-        count = gain.shape[1] if alone else 1
-        members = groups * gain.shape[1] // count
-        v = u if alone else mode_product(u.unsqueeze(1), others)
-        out = separable_rotated(
-            v.reshape(members, *matrix),
-            factor.reshape(members, count, *factor.shape[-2:]),
-            gain.reshape(members, count, *matrix),
-            Units(*(x.reshape(len(x), members, count, sizes[0]) for x in units)),
-            sigma,
-            eps=self.eps if alone else 0.0,
-            left=left,
-        )
-        if alone:
-            return out.reshape(u.shape)
-        return self._back(out.reshape(v.shape), u, others)
-
-    def _integral(self, u: Tensor, coefficient: _Terms) -> Tensor:
-        rotated = self._rotate(u, coefficient)
-        return self.eps / 2 * (u * u).sum() + coefficient.separable.integral(rotated)
-
-    def _jacobian(self, u: Tensor, terms: _Terms) -> Callable[[Tensor], Tensor]:
-        """The function v -> F'(u) v."""
-        gain, units, sigma = terms.separable
-        slope = gain * psi_slope(self._rotate(u, terms), units, sigma)
-        return lambda v: self._back(slope * self._rotate(v, terms), v, terms.factors)
-
-    def _solve(self, t: Tensor, coefficient: _Terms) -> Tensor:
-        if self.elementwise:
-            # F = M^T S M, so F^-1 = M^-1 S^-1 M^-T.
-            inverse = [torch.linalg.inv(f) for f in coefficient.factors]
-            v = mode_product(t.unsqueeze(1), inverse, transpose=True)
-            y = mode_product(coefficient.separable.inverse(v), inverse).squeeze(1)
-            return self._confirmed(y, t, coefficient)
-        return self._solve_coupled(t, coefficient)
-
-    def _confirmed(self, y: Tensor, t: Tensor, terms: _Terms) -> Tensor:
-        """y where F(y) = t as closely as a coupled solve has it; else as of a solve that failed.
-
-        Factors may be as ill-conditioned as they like, and so may their inverses.
-        """
-        with torch.no_grad():
-            summed = (self._summed(x, terms) for x in (torch.zeros_like(y), y))
-            limit = convex_tolerance(y.dtype) * convex_scale(_norms(t), *summed)
-            solved = _norms(self._closed(y, terms) - t) <= limit
-        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if transformed or not solved.is_cpu:
-            return y.where(solved.view(-1, *[1] * (y.dim() - 1)), math.nan)
-        if not bool(solved.all()):
-            raise NewtonError(Status.MAX_ITERATIONS)
-        return y
-
-    @untraced  # one break in a compiled graph for the whole group
-    def _solve_coupled(self, t: Tensor, terms: _Terms) -> Tensor:
-        # Tensor by tensor: each converges in its own number of steps, to its own accuracy.
-        def solve(t: Tensor, terms: _Terms) -> Tensor:
-            return implicit_convex(
-                lambda u, *values: self._closed(u, terms.replaced(*values)),
-                lambda u, *values: self._jacobian(u, terms.replaced(*values)),
-                lambda u, *values: self._integral(u, terms.replaced(*values)),
-                t,
-                *terms.tensors(),
-                summed=lambda u, *values: self._summed(u, terms.replaced(*values)),
-            )
-
-        return torch.cat([solve(t[m : m + 1], terms.of([m])) for m in range(len(t))])
-
-    def _summed(self, u: Tensor, terms: _Terms) -> Tensor:
-        """Bounds ``(G,)`` on the norm of all that is added up in F(u): products and units."""
-        gain, units, _ = terms.separable
-        factors = [f.abs() for f in terms.factors]
-        steepest = psi_slope_bounds(units)[1]
-        rotated = steepest * mode_product(u.abs().unsqueeze(1), factors) + psi_bracket(units)
-        v = mode_product(gain * rotated, factors, transpose=True).sum(1)
-        return _norms(torch.add(v, u.abs(), alpha=self.eps))
-
-    def _bounds(self, coefficient: _Terms) -> tuple[Tensor, Tensor]:
-        gain, units, sigma = coefficient.separable
-        low, high = [], []
-        for g in range(gain.shape[0]):
-            for r in range(gain.shape[1]):
-                one = Separable(gain[g, r], Units(*(x[:, g, r] for x in units)), sigma)
-                lower, upper = one.bounds()
-                for factor in coefficient.factors:
-                    singular = torch.linalg.svdvals(factor[g, r])
-                    if not len(singular):
-                        continue  # of an empty tensor
-                    lower, upper = lower * singular[-1] ** 2, upper * singular[0] ** 2
-                low.append(lower)
-                high.append(upper)
-        shape = gain.shape[:2]
-        lower, upper = (torch.stack(x).reshape(shape).sum(1) for x in (low, high))
-        return self.eps + lower.min(), self.eps + upper.max()
+    def _bounds(self, coefficient: Rotated) -> tuple[Tensor, Tensor]:
+        return coefficient.bounds()
