@@ -22,10 +22,10 @@ from mirror_opt import MirrorDescent, maps
 WIDTH, BATCH = 640, 64
 
 
-def mirror(make_map):
+def mirror(make_map, **options):
     def make(params, lr):
         params = list(params)
-        return MirrorDescent(params, lr, make_map(params), momentum=0.9)
+        return MirrorDescent(params, lr, make_map(params), momentum=0.9, **options)
 
     return make
 
@@ -50,6 +50,7 @@ OPTIMIZERS = {
     "MirrorDescent, PNorm": mirror(lambda params: maps.PNorm(1.5)),
     "MirrorDescent, Diagonal": mirror(maps.Diagonal),
     "MirrorDescent, SeparableNeural": mirror(maps.SeparableNeural),
+    "MirrorDescent, SeparableNeural, fused": mirror(maps.SeparableNeural, fused=True),
     "MirrorDescent, KroneckerNeural": mirror(maps.KroneckerNeural),
 }
 

@@ -109,7 +109,7 @@ STUDIES = {
     "sinusoid-rates": Study(
         "Sinusoid",
         {**_SINUSOID, "iterations": 3000, "learn_lr": True},
-        init_lrs=(3e-3, 1e-2, 2e-2),
+        init_lrs=(1e-3, 3e-3, 1e-2, 2e-2),
         map_lrs=(3e-3, 1e-2, 3e-2, 1e-1),
         beside="sinusoid",
     ),

@@ -1,15 +1,17 @@
-"""Draws the tables of the README and the pictures of docs/images from the rows in bench/results.
+"""Draws the tables of the pages and the pictures of docs/images from the rows in bench/results.
 
-    python bench/report.py            # rewrites the marked parts of README.md, and the pictures
-    python bench/report.py --check    # exit status 1 when the README is not what the rows say
+    python bench/report.py            # rewrites the marked parts of all pages, and the pictures
+    python bench/report.py --check    # exit status 1 when a page is not what the rows say
 
-A part of the README between ``<!-- rows: NAME -->`` and ``<!-- end -->`` is replaced by what the
-part ``NAME`` in ``bench/reports`` makes of the rows. No number in it is written by hand.
+A part of README.md or docs/*.md between ``<!-- rows: NAME -->`` and ``<!-- end -->`` is replaced by
+what the part ``NAME`` in ``bench/reports`` makes of the rows. No number in it is written by hand.
 """
 
 import argparse
+import os
 import re
 import sys
+from pathlib import Path
 
 from reports import (  # noqa: F401  # they register
     cost,
@@ -21,16 +23,19 @@ from reports import (  # noqa: F401  # they register
     training,
     validity,
 )
-from reports.frame import PARTS, PICTURES, ROOT
+from reports.frame import IMAGES, PARTS, PICTURES, ROOT
 
 MARK = re.compile(r"(<!-- rows: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def rewritten(text: str) -> str:
-    def fill(match: re.Match) -> str:
-        return match[1] + PARTS[match[2]]() + "\n" + match[3]
+def rewritten(page: Path) -> str:
+    images = os.path.relpath(IMAGES, page.parent)
 
-    return MARK.sub(fill, text)
+    def fill(match: re.Match) -> str:
+        made = PARTS[match[2]]().replace("(docs/images/", f"({images}/")
+        return f"{match[1]}{made}\n{match[3]}"
+
+    return MARK.sub(fill, page.read_text())
 
 
 def main() -> int:
@@ -39,8 +44,7 @@ def main() -> int:
     check = parser.parse_args().check
     stale = []
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        old = page.read_text()
-        new = rewritten(old)
+        old, new = page.read_text(), rewritten(page)
         if new != old:
             stale.append(page.name)
             if not check:

@@ -181,6 +181,35 @@ def edge(found: dict[tuple[float, float], float], chosen: tuple[float, float]) -
     return " and ".join(told)
 
 
+@part("few-shot")
+def summary() -> str:
+    """Every study in a line: the metric after the trained number of steps."""
+    names = ("maml", "meta-curvature", "mirror, psi linear", "mirror")
+    body = []
+    for study, settings in STUDIES.items():
+        rows, cells = finals(study), []
+        for name in names:
+            mine = [r for r in rows if (r["variant"], r["adapt_steps"]) == (name, settings.steps)]
+            mean, spread, seeds = over_seeds(mine) if mine else (None, 0.0, 0)
+            if mean is None:
+                cells.append("diverged" if mine else "")
+            elif mine[0]["metric"] == "accuracy":
+                cells.append(f"{100 * mean:.1f} ± {100 * spread:.1f} %")
+            else:
+                cells.append(f"{mean:.3g} ± {spread:.1g}")
+        if rows:
+            learned = ", rates learned" if rows[0].get("learn_lr") else ""
+            trained = f"{counted(rows[0]['train_steps'], 'step')}{learned}"
+            body.append([settings.title, trained, str(rows[0]["iterations"]), *cells, str(seeds)])
+    if not body:
+        return PENDING
+    title = (
+        "Query MSE (sinusoid, 10-shot) or accuracy (5-way 1-shot) on new tasks after the most inner "
+        "steps of training, mean ± standard deviation over seeds."
+    )
+    return f"{title}\n\n{table(['tasks', 'trained at', 'iterations', *names, 'seeds'], body)}"
+
+
 for _study in STUDIES:
     part(_study)(lambda study=_study: study_table(study))
     part(f"search-{_study}")(lambda study=_study: search_table(study))

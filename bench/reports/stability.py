@@ -57,8 +57,8 @@ def stability() -> str:
         f"Sinusoid, trained at one inner step: query MSE, mean over {seeds} seeds and "
         f"{rows[0]['test_tasks']} tasks each. A seed counts as diverged where its mean is above "
         f"{DIVERGED:g} or not finite, for which one task is enough. The meta learning rates are "
-        "those of the table below, found at five inner steps, and MAML's for first-order MAML and "
-        "ANIL, which the picture leaves out."
+        "those found for training at five inner steps, and MAML's for first-order MAML and ANIL, "
+        "which the picture leaves out."
     )
     picture = "![Stability](docs/images/stability.png)"
     return f"{picture}\n\n{title}\n\n{table(head, body)}\n\n{circumstances(rows)}"
