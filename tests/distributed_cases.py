@@ -151,6 +151,16 @@ def sharded_parameters_that_were_changed_are_taken_as_they_are(world, folder):
                 q.copy_(distribute_tensor(p.detach(), q.device_mesh, q.placements))
         step(1, plain, shards, one, other)
         close(plain, shards)
+        # After loading the values have to tell; here only those of the first process.
+        for optimizer in (one, other):
+            optimizer.load_state_dict(optimizer.state_dict())
+        factor = 1.0 if maps.create(name, plain, **options).domain == "simplex" else 0.5
+        with torch.no_grad():
+            for p, q in zip(plain[:-1], shards[:-1], strict=True):
+                p[:1] *= factor
+                q.to_local()[:1] *= factor if dist.get_rank() == 0 else 1.0
+        step(2, plain, shards, one, other)
+        close(plain, shards)
 
 
 # The trajectory is that of one process.

@@ -335,6 +335,17 @@ def test_other_memory_is_taken_as_it_is(name):
     torch.testing.assert_close(p.detach(), torch.tensor([4.0, 5.0, 6.0]))
 
 
+@over_duals
+def test_parameters_without_data(name):
+    p = torch.empty(3, device="meta", requires_grad=True)
+    mirror_map, settings = DUAL[name](torch.empty(3, device="meta"))
+    optimizer = MirrorDescent([p], 0.1, mirror_map, **{"momentum": 0.9, **settings})
+    for _ in range(2):
+        p.grad = torch.empty(3, device="meta")
+        optimizer.step()
+    assert all(x.is_meta for x in optimizer.state[p].values())
+
+
 def test_a_scaler_that_has_seen_no_gradient():
     for p in (parameter(1.0, 2.0), torch.nn.Parameter(torch.zeros(0))):
         optimizer = MirrorDescent([p], 0.1, maps.SeparableNeural([p]))

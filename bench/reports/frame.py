@@ -15,6 +15,8 @@ COLOURS = {
     "mirror, psi linear": "#cc79a7",
     "mirror, 4 terms": "#0072b2",
     "mirror, normalised": "#333333",
+    "mirror, normalised, psi linear": "#999999",
+    "mirror, normalised, 4 terms": "#666666",
 }
 PENDING = "*No rows yet: run the command above.*"
 

@@ -285,7 +285,7 @@ class MirrorDescent(Optimizer):
         if not torch.compiler.is_compiling() and self._states.changed:
             # The one step that a skip has to be known of: it keeps no state that it has made.
             stops = [keep is not None and ~keep, any(fused) and found_inf is not None and found_inf]
-            if any(map(bool, stops)):
+            if any(bool(x) for x in stops if not getattr(x, "is_meta", False)):
                 return None
         for plan in plans:
             self._commit(plan, keep)
