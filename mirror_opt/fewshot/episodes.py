@@ -197,7 +197,11 @@ class ImageTasks(TaskFamily):
         return tuple(self._sets)
 
     def classes(self, split: str) -> tuple[str, ...]:
-        r"""The names of the classes of ``split``, turned ones included."""
+        r"""The names of the classes of ``split``, turned ones included.
+
+        Raises:
+            InputError: there is no such split.
+        """
         if split not in self.splits:
             raise InputError(self._absent(split))
         names = self._sets[split].names

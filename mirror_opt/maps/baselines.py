@@ -25,7 +25,10 @@ class MetaCurvature(OwningMap):
     linear systems.
 
     Args:
-        params: the parameters that it serves.
+        params: the parameters that it serves, real floating tensors of any shape.
+
+    Raises:
+        InputError: ``params`` holds no tensor, or one that is not real floating.
     """
 
     is_dgf = False

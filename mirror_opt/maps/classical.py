@@ -17,7 +17,7 @@ __all__ = ["Diagonal", "Euclidean", "Hypentropy", "NegativeEntropy", "PNorm"]
 
 @register("euclidean", "h = |x|^2 / 2: gradient descent; MAML when the init is learned")
 class Euclidean(MirrorMap):
-    r"""h(x) = \|x\|^2 / 2, grad h the identity: gradient descent.
+    r"""h(x) = \|x\|^2 / 2, grad h the identity: gradient descent (Nemirovski and Yudin 1983).
 
     mu = ell = 1.
     """
@@ -48,7 +48,10 @@ class Diagonal(OwningMap):
     with positive rates. mu = 1 / max d, ell = 1 / min d.
 
     Args:
-        params: the parameters that it serves.
+        params: the parameters that it serves, real floating tensors of any shape.
+
+    Raises:
+        InputError: ``params`` holds no tensor, or one that is not real floating.
     """
 
     anchored = True
@@ -206,6 +209,9 @@ class PNorm(MirrorMap):
         p: the power, > 1.
         eps: the strength of the quadratic term, >= 0.
 
+    Raises:
+        InputError: ``p`` or ``eps`` is out of range.
+
     Example:
         >>> PNorm(1.5).inverse(PNorm(1.5)([torch.tensor([-4.0, 0.0, 9.0])]))
         (tensor([-4.,  0.,  9.]),)
@@ -268,6 +274,9 @@ class Hypentropy(MirrorMap):
     Args:
         beta: the scale at which the geometry turns from quadratic to entropic, > 0, in the units
             of the parameters.
+
+    Raises:
+        InputError: ``beta`` is out of range.
     """
 
     entrywise = True
@@ -312,7 +321,10 @@ class NegativeEntropy(MirrorMap):
 
     Args:
         simplex: True for rows (along the last dimension) that are positive and sum to 1; False
-            for positive entries.
+            for positive entries. The dual of a negative entry is NaN.
+
+    Raises:
+        InputError: ``simplex`` is neither True nor False.
     """
 
     domain = "simplex"

@@ -230,7 +230,8 @@ class SeparableNeural(NeuralMap):
 
     psi(x) = x + sum_k w_k (sigma(s_k (x - c_k)) - sigma(-s_k c_k)) with the coefficients shared by
     a tensor or by each output channel, and a gain for each element; see ``NeuralUnits``. The other
-    direction is a safeguarded Newton solve. For primal: mu = min e^a (1 - sum (w s)_-),
+    direction is a safeguarded Newton solve. After Zhang, Li and Giannakis (2025), who learn the
+    mirror map as an invertible network. For primal: mu = min e^a (1 - sum (w s)_-),
     ell = max e^a (1 + sum (w s)_+); for dual their reciprocals, swapped.
 
     Args:

@@ -126,6 +126,9 @@ def defaults(method: str, task: str) -> MethodDefaults:
     Args:
         method: a key of ``METHODS``.
         task: ``"sinusoid"``, or an image task.
+
+    Raises:
+        InputError: there is no such method.
     """
     if method not in METHODS:
         raise InputError(f"no method named {method!r}: choose one of {', '.join(METHODS)}")
