@@ -204,8 +204,8 @@ def summary() -> str:
     if not body:
         return PENDING
     title = (
-        "Query MSE (sinusoid, 10-shot) or accuracy (5-way 1-shot) on new tasks after the most inner "
-        "steps of training, mean ± standard deviation over seeds."
+        "Query MSE (sinusoid, 10-shot) or accuracy (5-way 1-shot) on new tasks after the most "
+        "inner steps of training, mean ± standard deviation over seeds."
     )
     return f"{title}\n\n{table(['tasks', 'trained at', 'iterations', *names, 'seeds'], body)}"
 

@@ -134,9 +134,9 @@ class KroneckerNeural(NeuralMap):
     elementwise (``NeuralUnits``). The Jacobian eps I + (1 - eps) sum_r M_r^T diag(S_r') M_r is
     symmetric positive definite, so F is the gradient of a strongly convex function for every value
     of the parameters, and the identity at the start.
-    It holds the Kronecker-factored positive definite preconditioners (psi linear; Martens and Grosse
-    2015, and learned, without a guarantee, Park and Oliva 2019), sums of them, the diagonal and
-    SeparableNeural.
+    It holds the Kronecker-factored positive definite preconditioners (psi linear; Martens and
+    Grosse 2015; learned, but free to lose definiteness, in Park and Oliva 2019), sums of them, the
+    diagonal and SeparableNeural.
 
     With L = max over tensors of eps + (1 - eps) sum_r prod_l sigma_max(M_rl)^2 max S_r' and l the
     same with sigma_min and min: for ``"dual"`` (F is grad h*) mu = 1 / L, ell = 1 / l; for
