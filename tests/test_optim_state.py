@@ -343,6 +343,7 @@ def test_parameters_without_data(name):
     for _ in range(2):
         p.grad = torch.empty(3, device="meta")
         optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
     assert all(x.is_meta for x in optimizer.state[p].values())
 
 

@@ -206,8 +206,9 @@ class States:
 
     def _differing(self, lists: Lists, places: list[int]) -> list[int]:
         """The places where a parameter is not what its dual state makes it, but for rounding."""
+        places = [i for i in places if not lists.params[i].is_meta]
         if not places or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-            return []
+            return []  # nothing can be asked
         found = []
         for i, old in zip(places, self._of_duals(lists, places), strict=True):
             x, whole = lists.params[i], lists.group["params"][lists.slots[i]]

@@ -40,7 +40,7 @@ class Written:
         for p, q, then in zip(group["params"], left.params, left.versions, strict=False):
             if p is not q:
                 continue
-            if then is None or p.is_inference():  # of which writes are not counted
+            if then is None or not then.counts:
                 doubtful.add(p)
             if other_map or (then is not None and not _version(p).follows(then)):
                 changed.add(p)
