@@ -90,12 +90,13 @@ def test_output_that_has_no_room():
 def test_maps(capsys):
     assert run("maps") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:6] == ["name", "mu", "ell", "grad", "h", "inverse"]
+    assert lines[0].split()[:7] == ["name", "domain", "mu", "ell", "grad", "h", "inverse"]
     assert [line.split()[0] for line in lines[1:]] == list(maps.REGISTRY)
     shown = {line.split()[0]: line.split()[1:] for line in lines}
-    assert shown["euclidean"][:4] == ["yes", "yes", "closed", "closed"]
-    assert shown["kronecker"][:4] == ["yes", "yes", "Newton", "closed"]
-    assert shown["hypentropy"][:2] == ["none", "yes"]
+    assert shown["euclidean"][:5] == ["reals", "yes", "yes", "closed", "closed"]
+    assert shown["kronecker"][:5] == ["reals", "yes", "yes", "Newton", "closed"]
+    assert shown["hypentropy"][:3] == ["reals", "none", "yes"]
+    assert shown["negative-entropy"][0] == "simplex"
     assert "not a DGF" in " ".join(shown["meta-curvature"])
 
 
