@@ -90,6 +90,13 @@ def test_parameters_whose_values_are_not_there_yet():
     MirrorDescent([torch.ones(3, 0)], mirror_map=maps.NegativeEntropy())
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 3)])
+def test_parameters_whose_entries_share_memory_are_refused(shape):
+    expanded = torch.zeros(shape).expand(4, *shape[1:]).requires_grad_()
+    with pytest.raises(ValueError, match=r"parameter 0 .* is expanded, .* pass p.contiguous"):
+        MirrorDescent([expanded])
+
+
 def test_errors_of_the_base_class_stay():
     p = parameter(1.0)
     with pytest.raises(ValueError, match="empty parameter list"):

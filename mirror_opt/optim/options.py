@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from mirror_opt.dtypes import at_least_float32
 from mirror_opt.errors import InputError, is_number
@@ -116,7 +117,7 @@ def check_group(group: Group, defaults: Group) -> None:
             f"for {' and '.join(kind.__name__ for kind in FUSED)} only, pass fused=None"
         )
     for slot, p in enumerate(group["params"]):
-        if torch._debug_has_internal_overlap(local(p)) == 1:
+        if not is_lazy(p) and torch._debug_has_internal_overlap(local(p)) == 1:
             raise InputError(
                 f"{parameter_name(group, slot)} is expanded, so that its entries share memory: "
                 "pass p.contiguous()"
