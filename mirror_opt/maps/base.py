@@ -1,6 +1,5 @@
-"""The interface of every mirror map, and the registry by which the package finds them."""
+"""The interface of every mirror map."""
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from mirror_opt.dtypes import at_least_float32
 from mirror_opt.errors import InputError
 
-__all__ = ["REGISTRY", "MirrorMap", "Profile", "create", "dot", "register"]
+__all__ = ["MirrorMap", "OwningMap", "Profile", "dot"]
 
 Tensors = Sequence[Tensor | None]
 
@@ -368,63 +367,3 @@ class OwningMap(MirrorMap):
         super().check(params)
         # Their dtypes, as every call checks them.
         self._batches([torch.empty(p.shape, dtype=p.dtype, device="meta") for p in params], None)
-
-
-REGISTRY: dict[str, type[MirrorMap]] = {}
-
-
-def register(name: str, summary: str) -> Callable[[type[MirrorMap]], type[MirrorMap]]:
-    """Class decorator: makes a map known to ``create``, the command line and the tests.
-
-    Args:
-        name: what ``create`` takes; a name that is there already is replaced.
-        summary: one line for listings.
-
-    Returns:
-        The decorator. The class, a ``MirrorMap``, gets the attributes ``name`` and ``summary``.
-
-    Example:
-        >>> @register("half", "h = |x|^2, grad h = 2 x")
-        ... class Half(MirrorMap):
-        ...     def _gradient(self, x, coefficient):
-        ...         return 2 * x
-        ...     def _gradient_conjugate(self, z, coefficient):
-        ...         return z / 2
-        ...     def _potential(self, x, coefficient):
-        ...         return (x * x).sum()
-        >>> create("half", []).inverse([torch.tensor([4.0])])
-        (tensor([2.]),)
-        >>> del REGISTRY["half"]
-    """
-
-    def add(cls: type[MirrorMap]) -> type[MirrorMap]:
-        cls.name, cls.summary = name, summary
-        REGISTRY[name] = cls
-        return cls
-
-    return add
-
-
-def create(name: str, params: Sequence[Tensor], **options: Any) -> MirrorMap:
-    """A registered map for these parameters.
-
-    Raises:
-        InputError: no map has this name, or the map has no such option.
-
-    Example:
-        >>> create("kronecker", [torch.zeros(3, 4)], units=2).name
-        'kronecker'
-    """
-    if name not in REGISTRY:
-        raise InputError(f"no mirror map named {name!r}: choose one of {', '.join(REGISTRY)}")
-    cls = REGISTRY[name]
-    given = (params,) if cls.owns_tensors else ()
-    signature = inspect.signature(cls)
-    try:
-        signature.bind(*given, **options)
-    except TypeError as error:
-        accepted = [n for n in signature.parameters if n != "params"]
-        raise InputError(
-            f"mirror map {name!r}: {error}; its options are {', '.join(accepted) or '(none)'}"
-        ) from error
-    return cls(*given, **options)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mirror_opt.dtypes import at_least_float32
-from mirror_opt.maps.base import OwningMap, register
+from mirror_opt.maps.base import OwningMap
 from mirror_opt.maps.modes import mode_product, mode_sizes
+from mirror_opt.maps.registry import register
 
 __all__ = ["MetaCurvature"]
 

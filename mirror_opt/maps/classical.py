@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from mirror_opt.dtypes import at_least_float32
 from mirror_opt.errors import InputError, is_number
-from mirror_opt.maps.base import MirrorMap, OwningMap, register
+from mirror_opt.maps.base import MirrorMap, OwningMap
+from mirror_opt.maps.registry import register
 from mirror_opt.newton import NewtonError, Status, check_forward_mode, solve_monotone
 
 __all__ = ["Diagonal", "Euclidean", "Hypentropy", "NegativeEntropy", "PNorm"]

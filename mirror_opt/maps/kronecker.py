@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from mirror_opt.dtypes import at_least_float32
 from mirror_opt.errors import InputError, is_integer, is_number
-from mirror_opt.maps.base import Profile, Tensors, _Batch, register
+from mirror_opt.maps.base import Profile, Tensors, _Batch
 from mirror_opt.maps.modes import mode_sizes
+from mirror_opt.maps.registry import register
 from mirror_opt.maps.rotated import Rotated
 from mirror_opt.maps.separable import NeuralMap, NeuralUnits, alike
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from mirror_opt.dtypes import at_least_float32
 from mirror_opt.errors import InputError, is_integer, is_number
-from mirror_opt.maps.base import OwningMap, Profile, Tensors, register
+from mirror_opt.maps.base import OwningMap, Profile, Tensors
+from mirror_opt.maps.registry import register
 from mirror_opt.ops import separable_forward, separable_inverse
 from mirror_opt.reference import SIGMAS, Units, psi, psi_integral, psi_slope_bounds
 

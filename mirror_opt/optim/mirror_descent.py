@@ -22,6 +22,7 @@ from mirror_opt.optim.options import (
     check_decay,
     check_group,
     check_options,
+    drop_repeated,
 )
 from mirror_opt.optim.plan import Lists, Plan, attempt_each, failure
 from mirror_opt.optim.rounding import generators
@@ -177,7 +178,7 @@ class MirrorDescent(Optimizer):
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        _drop_repeated(group)
+        drop_repeated(group)
         try:
             check_group(group, self.defaults)
         except BaseException:
@@ -288,7 +289,7 @@ class MirrorDescent(Optimizer):
             if any(bool(x) for x in stops if not getattr(x, "is_meta", False)):
                 return None
         for plan in plans:
-            self._commit(plan, keep)
+            plan.take(keep, self.state if self.defaults["differentiable"] else None)
         for step in filter(None, fused):
             self._check(step.take(found_inf, grad_scale))
         return lists
@@ -400,24 +401,6 @@ class MirrorDescent(Optimizer):
         )
         return Plan(group, foreach, slots, grads, Update(params, buffers, duals), new)
 
-    def _commit(self, plan: Plan, keep: Tensor | None) -> None:
-        """Takes the step, where ``keep`` (0-dim bool) says so; None: everywhere."""
-        kinds = zip(("parameter", "momentum_buffer", "dual"), plan.old, plan.new, strict=True)
-        for kind, old, new in kinds:
-            if not old:
-                continue
-            if keep is not None:
-                new = [torch.where(keep.to(o.device), n, o) for o, n in zip(old, new, strict=True)]
-            if self.defaults["differentiable"] and kind != "parameter":
-                # Writing in place would overwrite what autograd has saved.
-                for p, n in zip(plan.old.params, new, strict=True):
-                    self.state[p][kind] = n
-            elif plan.foreach:
-                torch._foreach_copy_(old, new)
-            else:
-                for o, n in zip(old, new, strict=True):
-                    o.copy_(n)
-
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's, each ``mirror_map`` as its name, options and tensors.
 
@@ -468,13 +451,3 @@ class MirrorDescent(Optimizer):
         if loading:
             adopt(self.param_groups, state["param_groups"], state["state"])
         super().__setstate__(state)
-
-
-def _drop_repeated(group: Group) -> None:
-    """Keeps each parameter once; torch has warned of it."""
-    params = group["params"]
-    places = {p: i for i, p in reversed([*enumerate(params)])}
-    if len(places) < len(params):
-        first = sorted(places.values())
-        for name in {"params", "param_names"} & group.keys():
-            group[name] = [group[name][i] for i in first]

@@ -20,6 +20,7 @@ __all__ = [
     "check_group",
     "check_options",
     "check_rounding",
+    "drop_repeated",
     "is_anchored",
     "keeps_dual",
     "parameter_name",
@@ -100,6 +101,16 @@ def check_options(options: Group) -> None:
             f"Invalid mirror_map={options['mirror_map']!r}: pass an instance of a map in "
             "mirror_opt.maps, such as maps.Hypentropy()"
         )
+
+
+def drop_repeated(group: Group) -> None:
+    """Keeps each parameter once; torch has warned of it."""
+    params = group["params"]
+    places = {p: i for i, p in reversed([*enumerate(params)])}
+    if len(places) < len(params):
+        first = sorted(places.values())
+        for name in {"params", "param_names"} & group.keys():
+            group[name] = [group[name][i] for i in first]
 
 
 def check_group(group: Group, defaults: Group) -> None:

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from mirror_opt.newton import NewtonError
 from mirror_opt.optim.options import Group, parameter_name
 from mirror_opt.optim.sharded import local
@@ -46,6 +49,29 @@ class Plan:
         # elsewhere a map that saturates or a rate of zero could hide it.
         shown = [] if buffers or duals else self.grads
         return [*params, *buffers, *duals, *shown]
+
+    def take(self, keep: Tensor | None, states: dict[Tensor, dict] | None = None) -> None:
+        """Takes the step.
+
+        Args:
+            keep: 0-dim bool, whether to; None: yes.
+            states: where new state goes, for autograd has saved what there is; else it is written
+                in place.
+        """
+        kinds = zip(("parameter", "momentum_buffer", "dual"), self.old, self.new, strict=True)
+        for kind, old, new in kinds:
+            if not old:
+                continue
+            if keep is not None:
+                new = [torch.where(keep.to(o.device), n, o) for o, n in zip(old, new, strict=True)]
+            if states is not None and kind != "parameter":
+                for p, n in zip(self.old.params, new, strict=True):
+                    states[p][kind] = n
+            elif self.foreach:
+                torch._foreach_copy_(old, new)
+            else:
+                for o, n in zip(old, new, strict=True):
+                    o.copy_(n)
 
 
 def attempt_each(function: Callable[[Any], Any], xs: list, failures: list[NewtonError]) -> list:
