@@ -75,7 +75,6 @@ def step_(
     lists = (params, grads, gains, ws, ss, cs, buffers, anchors, duals, dual_inits)
     rows = [contiguous(xs) for xs in lists]
     lr = lr if lr.dtype in (torch.float32, torch.float64) else lr.float()
-    lr = lr if lr.is_cpu else lr.to(params[0].device)
     scalars = [
         None if x is None else x.to(params[0].device, torch.float32)
         for x in (grad_scale, found_inf)

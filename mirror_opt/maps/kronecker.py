@@ -277,17 +277,3 @@ class KroneckerNeural(NeuralMap):
             for profile in group.units.profile(i, member)
         ]
         return sorted(found, key=lambda profile: profile.tensor)
-
-    # For a group u of tensors, (G, *sizes).
-
-    def _closed(self, u: Tensor, coefficient: Rotated) -> Tensor:
-        return coefficient.value(u)
-
-    def _integral(self, u: Tensor, coefficient: Rotated) -> Tensor:
-        return coefficient.integral(u)
-
-    def _solve(self, t: Tensor, coefficient: Rotated) -> Tensor:
-        return coefficient.inverse(t)
-
-    def _bounds(self, coefficient: Rotated) -> tuple[Tensor, Tensor]:
-        return coefficient.bounds()

@@ -158,8 +158,8 @@ class NeuralMap(OwningMap):
     ``parametrization="primal"``: grad h = F, and grad h* is the solve.
     ``parametrization="dual"``: grad h* = F, and grad h is the solve.
 
-    A subclass implements F (``_closed``), its antiderivative, its inverse (``_solve``) and bounds
-    on its slope, all for one tensor.
+    The coefficients that a subclass gives have F as ``value``, its antiderivative as ``integral``,
+    F^-1 as ``inverse``, and bounds on the slope as ``bounds``: ``Separable``, ``Rotated``.
     """
 
     anchored = True
@@ -180,34 +180,22 @@ class NeuralMap(OwningMap):
         self.forward_is_closed = parametrization == "primal"
         self.inverse_is_closed = parametrization == "dual"
 
-    def _closed(self, u: Tensor, coefficient: Any) -> Tensor:
-        raise NotImplementedError
-
-    def _solve(self, t: Tensor, coefficient: Any) -> Tensor:
-        raise NotImplementedError
-
-    def _integral(self, u: Tensor, coefficient: Any) -> Tensor:
-        raise NotImplementedError
-
-    def _bounds(self, coefficient: Any) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
     def _gradient(self, x: Tensor, coefficient: Any) -> Tensor:
         primal = self.parametrization == "primal"
-        return (self._closed if primal else self._solve)(x, coefficient)
+        return (coefficient.value if primal else coefficient.inverse)(x)
 
     def _gradient_conjugate(self, z: Tensor, coefficient: Any) -> Tensor:
         primal = self.parametrization == "primal"
-        return (self._solve if primal else self._closed)(z, coefficient)
+        return (coefficient.inverse if primal else coefficient.value)(z)
 
     def _potential(self, x: Tensor, coefficient: Any) -> Tensor:
         if self.parametrization == "primal":
-            return self._integral(x, coefficient)
+            return coefficient.integral(x)
         return super()._potential(x, coefficient)
 
     def _conjugate(self, z: Tensor, coefficient: Any) -> Tensor:
         if self.parametrization == "dual":
-            return self._integral(z, coefficient)
+            return coefficient.integral(z)
         return super()._conjugate(z, coefficient)
 
     def strong_convexity(self) -> Tensor:
@@ -221,7 +209,7 @@ class NeuralMap(OwningMap):
         return upper if self.parametrization == "primal" else 1 / lower
 
     def _slopes(self) -> tuple[Tensor, Tensor]:
-        lower, upper = zip(*(self._bounds(c) for c in self.coefficients() or ()), strict=True)
+        lower, upper = zip(*(c.bounds() for c in self.coefficients() or ()), strict=True)
         return torch.stack(lower).min(), torch.stack(upper).max()
 
 
@@ -320,15 +308,3 @@ class SeparableNeural(NeuralMap):
 
     def _own_dtype(self, coefficient: Separable) -> torch.dtype:
         return coefficient.gain.dtype
-
-    def _closed(self, u: Tensor, coefficient: Separable) -> Tensor:
-        return coefficient.value(u)
-
-    def _solve(self, t: Tensor, coefficient: Separable) -> Tensor:
-        return coefficient.inverse(t)
-
-    def _integral(self, u: Tensor, coefficient: Separable) -> Tensor:
-        return coefficient.integral(u)
-
-    def _bounds(self, coefficient: Separable) -> tuple[Tensor, Tensor]:
-        return coefficient.bounds()

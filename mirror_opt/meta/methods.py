@@ -56,10 +56,10 @@ def _head(model: nn.Module) -> list[str]:
     """Patterns for the parameters of the last module that has any."""
     every = model.named_parameters(remove_duplicate=False)
     names = [name for name, p in every if p.requires_grad]
-    prefix = names[-1].rpartition(".")[0] if names else ""
-    head = [name for name in names if name.rpartition(".")[0] == prefix]
     if not names:
         return ["*"]  # which MetaLearner refuses with what it needs
+    prefix = names[-1].rpartition(".")[0]
+    head = [name for name in names if name.rpartition(".")[0] == prefix]
     own = {name for name, _ in model.named_parameters()}
     if shared := [name for name in head if name not in own]:
         raise InputError(

@@ -1,6 +1,5 @@
 r"""Evaluation: a learner on tasks unseen in training, after each number of adaptation steps."""
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,7 @@ def load_run(
             raise InputError(
                 f"{option(name)}: part of how the run in {out} was trained; drop it, or train anew"
             )
-    values = {f.name: getattr(stored, f.name) for f in dataclasses.fields(stored)}
+    values = dict(vars(stored))
     values["device"] = "auto"  # a run may be evaluated where its own device is not
     own, other = stored.task, given.get("task", stored.task)
     models = {name: family.model for name, family in fewshot.TASKS.items()}
@@ -126,9 +125,8 @@ def _check_own(out: Path, stored: RunConfig) -> None:
     for place, name in ((out, ""), (out.parent, out.name)):
         if (place / CONFIG).exists() and name in (configs := read_configs(place)):
             config = RunConfig.from_dict(configs[name], place / CONFIG)
-            fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)}
             try:
-                stored.check_same(fields, out / CHECKPOINT)
+                stored.check_same(vars(config), out / CHECKPOINT)
             except InputError as error:
                 raise InputError(
                     f"{out / CHECKPOINT}: of another run than {place / CONFIG}; bring back the one "

@@ -133,9 +133,7 @@ class _Training:
         r"""Goes on from the checkpoint at ``path``; returns the config that it was saved with."""
         state = checkpoint.load(path)
         saved = RunConfig.from_dict(state["config"], path)
-        saved.check_same(
-            {f.name: getattr(self.config, f.name) for f in dataclasses.fields(RunConfig)}, path
-        )
+        saved.check_same(vars(self.config), path)
         check_data(path, state, self.config, self.task)
         checkpoint.restore(path, self.learner, state["learner"], "model")
         checkpoint.restore(path, self.optimizer, state["optimizer"], "optimizer")
