@@ -2,8 +2,9 @@
 
 The libraries use the LibTorch stable ABI: one binary serves torch 2.11 and newer and any Python. An
 installation goes on without a library that cannot be built, and ``mirror-opt info`` says why.
-MIRROR_OPT_BUILD_EXT names those to build: 0 for none, or some of cpu,cuda. Without it the CPU
-library is built, and the CUDA library where there are nvcc and a CUDA device.
+MIRROR_OPT_BUILD_EXT names those to build: 0 for none, or some of cpu,cuda; one that was named and
+cannot be built is an error. Without it the CPU library is built, and the CUDA library where there
+are nvcc and a CUDA device.
 """
 
 import json
@@ -81,6 +82,11 @@ class BuildLibraries(build_ext):
             (self._build_cpu if name == "cpu" else self._build_cuda)(extension, target)
         except Exception as error:  # whatever a tool chain throws, the package works without
             self.reasons[name] = f"it could not be built: {' '.join(str(error).split())}"
+            if wanted:
+                raise SystemExit(
+                    f"{extension.name} {self.reasons[name]} (MIRROR_OPT_BUILD_EXT names it; "
+                    "without it the installation goes on)"
+                ) from error
             self.warn(f"{extension.name}: {self.reasons[name]}")
 
     def _build_cpu(self, extension: Extension, target: Path) -> None:

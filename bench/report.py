@@ -23,16 +23,17 @@ from reports import (  # noqa: F401  # they register
     training,
     validity,
 )
-from reports.frame import IMAGES, PARTS, PICTURES, ROOT
+from reports.frame import PARTS, PICTURES, ROOT
 
 MARK = re.compile(r"(<!-- rows: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def rewritten(page: Path) -> str:
-    images = os.path.relpath(IMAGES, page.parent)
+    docs = os.path.relpath(ROOT / "docs", page.parent)
 
     def fill(match: re.Match) -> str:
-        made = PARTS[match[2]]().replace("(docs/images/", f"({images}/")
+        # Links are made for a page in the root.
+        made = PARTS[match[2]]().replace("(docs/", f"({docs}/")
         return f"{match[1]}{made}\n{match[3]}"
 
     return MARK.sub(fill, page.read_text())

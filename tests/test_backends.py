@@ -98,6 +98,18 @@ def test_a_map_says_what_its_backend_lacks():
     assert torch.equal(separable([x])[0], x)
 
 
+def test_a_choice_holds_again_each_time_it_is_entered():
+    before = backends.chosen()
+    choice = use_backend("torch")
+    for _ in range(2):
+        with choice:
+            assert backends.chosen() == "torch"
+            with choice:
+                assert backends.chosen() == "torch"
+            assert backends.chosen() == "torch"
+        assert backends.chosen() == before
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_triton_needs_a_device():
     triton.unavailable.cache_clear()

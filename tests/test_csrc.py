@@ -50,9 +50,18 @@ def test_cuda_is_built_without_a_device_only_when_it_is_asked_for(tmp_path):
     environment = {"CC": "no-such-compiler", "CXX": "no-such-compiler", "PATH": "", "CUDA_HOME": ""}
     _, report = build(tmp_path, **environment)
     assert report["cuda"].startswith("it was not built: there was no CUDA device (MIRROR_OPT_BUILD")
-    _, report = build(tmp_path, MIRROR_OPT_BUILD_EXT="cuda", **environment)
-    assert report["cpu"] == "it was not built: MIRROR_OPT_BUILD_EXT=cuda"
-    assert report["cuda"].startswith("it could not be built: nvcc")  # not found, or without a CXX
+    with pytest.raises(subprocess.CalledProcessError) as caught:  # nvcc not found, or without a CXX
+        build(tmp_path, MIRROR_OPT_BUILD_EXT="cuda", **environment)
+    assert b"libmirror_opt_cuda it could not be built: nvcc" in caught.value.stderr
+
+
+@needs_sources
+def test_what_is_named_and_cannot_be_built_is_an_error(tmp_path):
+    environment = {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        build(tmp_path, MIRROR_OPT_BUILD_EXT="cpu", **environment)
+    assert re.search(rb"it could not be built: .*no-such-compiler", caught.value.stderr)
+    assert b"Traceback" not in caught.value.stderr
 
 
 @pytest.mark.skipif(cpp.unavailable() is not None, reason="the CPU library is not built")

@@ -54,6 +54,8 @@ HALVES = (torch.bfloat16, torch.float16)
             for s, m in (((3, 4), r"shape \(3, 4\)"), ((1, 3), r"built for \(4, 3\)"))
         ),
         (lambda: maps.Euclidean().bregman([torch.zeros(3)], [torch.zeros(1)]), "of one shape"),
+        (lambda: maps.Euclidean().bregman([None], [torch.zeros(1)]), "None in both"),
+        (lambda: maps.Euclidean().bregman([torch.zeros(1)], []), "for 1 tensors and got 0"),
         (lambda: maps.NegativeEntropy().check([torch.ones(2)]), "sum to 1"),
         (lambda: maps.NegativeEntropy(simplex=False).check([-torch.ones(2)]), "positive"),
     ],

@@ -1,5 +1,8 @@
 """Any module will do: the engine that serves it, second derivatives, and what is refused."""
 
+import contextlib
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -67,13 +70,56 @@ def test_what_torch_cannot_batch_is_found_out(training):
         if engine == "vmap":
             with pytest.raises(InputError, match="pass engine='loop'"):
                 gradients(learner, x, y)
-            return
+            continue
         drawn = torch.get_rng_state()
-        found.append(gradients(learner, x, y))
+        with told(engine == "auto", "meta_loss"):
+            found.append(gradients(learner, x, y))
         assert torch.equal(torch.get_rng_state(), drawn)
-        learner.evaluate(F.mse_loss, F.mse_loss, x, y, x, y, adapt_steps=(2,))
-        learner.adapt_batch(F.mse_loss, x, y)
+        gradients(learner, x, y)  # and says so once
+        with told(engine == "auto", "evaluate"):
+            learner.evaluate(F.mse_loss, F.mse_loss, x, y, x, y, adapt_steps=(2,))
+        with told(engine == "auto", "adapt_batch"):
+            learner.adapt_batch(F.mse_loss, x, y)
     assert all(map(torch.equal, *found))
+
+
+def told(whether, method):
+    if not whether:
+        return contextlib.nullcontext()
+    return pytest.warns(UserWarning, match=f"^{method} takes the tasks in turn: ")
+
+
+def test_a_metric_that_torch_cannot_batch_leaves_training_as_it_is():
+    learner = MetaLearner(nn.Linear(4, 3), lr=0.1, steps=1)
+    x, y = torch.randn(3, 5, 4), torch.randn(3, 5, 3)
+    batched = []
+
+    def loss_fn(prediction, y):
+        batched.append(torch._C._functorch.is_batchedtensor(prediction))
+        return F.mse_loss(prediction, y)
+
+    def metric_fn(prediction, y):
+        return torch.tensor(float(F.mse_loss(prediction, y)))
+
+    with told(True, "evaluate"):
+        learner.evaluate(F.mse_loss, metric_fn, x, y, x, y, adapt_steps=(1,))
+    learner.meta_loss(loss_fn, x, y, x, y)
+    assert all(batched)
+
+
+def test_a_task_whose_solve_fails_draws_nothing_from_the_others():
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3))
+    p_norm = maps.PNorm(3, eps=0.1)
+    x, y = torch.ones(2, 64, 4), torch.ones(2, 64, 3)
+    y[1] = math.nan
+    found = []
+    for engine in ("loop", "vmap"):
+        learner = MetaLearner(model, p_norm, lr=0.1, steps=2, engine=engine)
+        torch.manual_seed(0)
+        found.append(
+            learner.evaluate(F.mse_loss, F.mse_loss, x, y, x, y, adapt_steps=(2,)).losses[0]
+        )
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("training", [True, False])

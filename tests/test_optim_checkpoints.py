@@ -160,33 +160,6 @@ def test_checkpoint_from_before_an_option_existed():
     descend(other, [p], 1)
 
 
-def test_checkpoint_from_before_maps_had_a_version():
-    optimizer = trained(lambda p: maps.SeparableNeural(p, units=2))
-    saved = copy.deepcopy(optimizer.state_dict())
-    assert saved["param_groups"][0]["mirror_map"].pop("version") == 1
-    other = trained(lambda p: maps.SeparableNeural(p, units=2), 3.0, 4.0)
-    other.load_state_dict(saved)
-    p, q = (o.param_groups[0]["params"][0] for o in (optimizer, other))
-    q.data.copy_(p.detach())
-    for o in (optimizer, other):
-        descend(o, o.param_groups[0]["params"], 2)
-    assert same(snapshot(other), snapshot(optimizer))
-
-
-def test_checkpoint_from_before_factors_could_be_normalised():
-    def made(**options):
-        p = torch.nn.Parameter(torch.zeros(3, 2))
-        return MirrorDescent([p], lr=0.1, mirror_map=maps.KroneckerNeural([p], **options))
-
-    saved = made().state_dict()
-    options = saved["param_groups"][0]["mirror_map"]["options"]
-    for key in [key for key in options if key.endswith(("normalized", "pace"))]:
-        del options[key]
-    with pytest.raises(InputError, match=r"(normalized False|pace 1.0), this group's has"):
-        made(normalized=True).load_state_dict(saved)
-    made().load_state_dict(saved)
-
-
 def everything(optimizer):
     """All that loading may change, as text and copies."""
     packed = copy.deepcopy(optimizer.state_dict())

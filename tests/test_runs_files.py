@@ -78,11 +78,6 @@ def test_checkpoint_that_would_run_code(path):
     refused(path, "damaged")
 
 
-def test_checkpoint_of_another_version(path):
-    torch.save({"format": "mirror_opt.run", "version": 99, **STATE}, path)
-    refused(path, "version 99")
-
-
 @pytest.mark.parametrize(
     "content",
     [

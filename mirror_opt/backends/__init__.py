@@ -35,6 +35,8 @@ _chosen: str | None = None  # None: the environment decides
 class use_backend:  # noqa: N801
     r"""Chooses the backend of all operators, from here on or within a ``with`` block.
 
+    For all threads of the process.
+
     Args:
         name: ``"auto"`` (the fastest that serves the operands), ``"torch"`` (plain PyTorch),
             ``"cpp"`` (CPU), ``"triton"`` or ``"cuda"``. Without any call MIRROR_OPT_BACKEND
@@ -53,14 +55,20 @@ class use_backend:  # noqa: N801
     def __init__(self, name: str):
         global _chosen
         _check(name)
-        self._previous, _chosen = _chosen, name
+        self._name, self._before = name, [_chosen]
+        self._holds = True  # from here on; within a block, from where it is entered
+        _chosen = name
 
     def __enter__(self) -> None:
-        pass
+        global _chosen
+        if not self._holds:
+            self._before.append(_chosen)
+            _chosen = self._name
+        self._holds = False
 
     def __exit__(self, *_: object) -> None:
         global _chosen
-        _chosen = self._previous
+        _chosen = self._before.pop()
 
 
 class BackendStatus(NamedTuple):

@@ -51,6 +51,10 @@ def _at_least_float32(xs: Tensors) -> Tensors:
     return [None if x is None else x.to(at_least_float32(x.dtype)) for x in xs]
 
 
+def _shape(x: Tensor | None) -> tuple[int, ...] | None:
+    return None if x is None else tuple(x.shape)
+
+
 class MirrorMap(nn.Module):
     r"""The gradient of a distance-generating function (DGF) h over a sequence of tensors.
 
@@ -112,6 +116,8 @@ class MirrorMap(nn.Module):
 
     def _potential(self, x: Tensor, coefficient: Any) -> Tensor:
         # Fenchel's equality: h(x) + h*(z) = <z, x> at z = grad h(x).
+        if type(self)._conjugate is MirrorMap._conjugate:
+            raise NotImplementedError(f"{type(self).__name__} has no _potential and no _conjugate")
         z = self._gradient(x, coefficient)
         return (z * x).sum() - self._conjugate(z, coefficient)
 
@@ -159,11 +165,12 @@ class MirrorMap(nn.Module):
     def bregman(self, xs: Tensors, ys: Tensors) -> Tensor:
         """D_h(x, y) = h(x) - h(y) - <grad h(y), x - y> >= 0, as ``potential``; raises as
         ``forward``."""
-        for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
-            if x is not None and y is not None and x.shape != y.shape:
+        self._check_count(ys, len(xs))
+        for i, shapes in enumerate(zip(map(_shape, xs), map(_shape, ys), strict=True)):
+            if shapes[0] != shapes[1]:
                 raise InputError(
-                    f"tensor {i} of x has shape {tuple(x.shape)} and that of y {tuple(y.shape)}: "
-                    "pass two points of one shape"
+                    f"tensor {i} of x has shape {shapes[0]} and that of y {shapes[1]}: pass two "
+                    "points of one shape, None in both where there is no tensor"
                 )
         # Differences of large numbers, for which half precision is too coarse.
         xs, ys = _at_least_float32(xs), _at_least_float32(ys)
@@ -182,8 +189,8 @@ class MirrorMap(nn.Module):
         """Sets the scale of the nonlinearity from sample displacements, -lr * gradient.
 
         Args:
-            displacements: a list over samples of lists over tensors. Maps that have no scale
-                ignore them; so are those without a signal, all zero or not finite.
+            displacements: a list over samples of lists over tensors. Maps without a scale ignore
+                them; samples that are all zero or not finite are ignored.
 
         Raises:
             InputError: they are not of the shapes that the map was built for.

@@ -10,7 +10,6 @@ alone (``differentiation="batched"`` of ``InnerLoop``). Gradients taken by ``tor
 result is silently wrong (PyTorch, at least to 2.13).
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,7 +26,7 @@ from mirror_opt.maps.base import MirrorMap
 from mirror_opt.meta.inner import InnerLoop, over_tasks
 from mirror_opt.newton import NewtonError
 
-__all__ = ["ENGINES", "check_tasks", "choose_engine", "map_tasks", "mean_loss"]
+__all__ = ["ENGINES", "check_tasks", "choose_engine", "map_tasks", "mean_loss", "rewinder"]
 
 ENGINES = ("loop", "vmap")
 
@@ -90,10 +89,12 @@ def map_tasks(engine: str, function: TaskFn, inner: InnerLoop, tasks: Sequence[T
     """
     check_tasks(tasks)
     if engine == "vmap":
-        within = replace(inner, differentiation="func")
-        # Where a solve fails, it fails for all of them: in turn, it does for its own task only.
-        with contextlib.suppress(NewtonError):
+        within, rewind = replace(inner, differentiation="func"), rewinder(inner.rates.device)
+        try:
             return over_tasks(lambda *task: function(within, *task))(*tasks)
+        except NewtonError:
+            # A solve that fails does so for all of them: in turn, for its own task only.
+            rewind()
     results = [function(inner, *task) for task in zip(*tasks, strict=True)]
     return pytree.tree_map(lambda *values: torch.stack(values), *results)
 
@@ -114,6 +115,20 @@ def mean_loss(
     check_tasks(tasks)
     run = _looped if engine == "loop" else _batched
     return run(function, inner, tasks, skip)
+
+
+def rewinder(device: torch.device) -> Callable[[], None]:
+    """What takes torch's generators, of the CPU and of a device, back to where they are now."""
+    generators = [torch.default_generator]
+    if device.type != "cpu":
+        generators += [torch.get_device_module(device).default_generators[device.index or 0]]
+    states = [generator.get_state() for generator in generators]
+
+    def rewind() -> None:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+    return rewind
 
 
 def check_tasks(tasks: Sequence[Tensor]) -> None:

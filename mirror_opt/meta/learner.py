@@ -1,5 +1,6 @@
 """MetaLearner: learns where to start, in which geometry to move, and how fast."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -14,7 +15,7 @@ from mirror_opt.errors import InputError, is_integer, is_number
 from mirror_opt.maps.base import MirrorMap
 from mirror_opt.maps.classical import Euclidean
 from mirror_opt.meta.adapted import Adapted, AdaptedBatch, Evaluation, raise_nonfinite
-from mirror_opt.meta.engines import check_tasks, choose_engine, map_tasks, mean_loss
+from mirror_opt.meta.engines import check_tasks, choose_engine, map_tasks, mean_loss, rewinder
 from mirror_opt.meta.inner import InnerLoop, LossFn, NotBatchableError
 from mirror_opt.meta.stability import guarded_run
 
@@ -41,7 +42,8 @@ class MetaLearner(nn.Module):
         adapt: name patterns (``fnmatch``) of the parameters that adapt; all when None. The others
             are meta-learned and stay as they are within a task (ANIL, Raghu et al. 2020). The map
             must be built from ``MetaLearner.adapted_parameters(model, adapt)``.
-        engine: ``"loop"``, ``"vmap"``, or ``"auto"``; see ``meta.engines``.
+        engine: ``"loop"``, ``"vmap"``, or ``"auto"``, which warns where torch turns out not to
+            batch the tasks and takes them in turn; see ``meta.engines``.
         guard: ``"auto"`` guards the steps beyond the trained horizon K, True guards every step,
             False none; see ``meta.stability``.
         nonfinite: ``"raise"`` reports a non-finite loss with task and step; ``"skip"`` leaves the
@@ -105,7 +107,7 @@ class MetaLearner(nn.Module):
         self.horizon, self.steps = horizon, horizon[1]
         self.first_order, self.guard = first_order, guard
         self.engine, self.nonfinite = engine, nonfinite
-        self._in_turn = False  # since torch cannot batch the tasks
+        self._in_turn: set[str] = set()  # the methods for which torch cannot batch the tasks
         like = next(iter(adapted.values()))
         # One rate a step, so that the logs cost nothing and the rates stay positive.
         log_lr = torch.full((self.steps,), lr, dtype=torch.float64).log()
@@ -242,7 +244,7 @@ class MetaLearner(nn.Module):
                 return engine, task(replace(inner, differentiation="batched"), x, y)
             return engine, map_tasks(engine, task, inner, (x, y))
 
-        engine, (params, losses, accepted) = self._with_engine(run)
+        engine, (params, losses, accepted) = self._with_engine("adapt_batch", run)
         if self.nonfinite == "raise":
             raise_nonfinite(losses.detach())
         named = dict(zip(self.names, params, strict=True))
@@ -287,7 +289,7 @@ class MetaLearner(nn.Module):
         skip = self.nonfinite == "skip"
         inner = self.inner_loop()
         loss, query, support = self._with_engine(
-            lambda engine: mean_loss(engine, task, inner, tasks, skip)
+            "meta_loss", lambda engine: mean_loss(engine, task, inner, tasks, skip)
         )
         if not skip or not bool(torch.isfinite(loss)):
             raise_nonfinite(support, query)
@@ -341,7 +343,9 @@ class MetaLearner(nn.Module):
             return metrics, collect("loss"), collect("slope"), collect("accepted")
 
         tasks, inner = (support_x, support_y, query_x, query_y), self.inner_loop()
-        metrics, *trails = self._with_engine(lambda engine: map_tasks(engine, task, inner, tasks))
+        metrics, *trails = self._with_engine(
+            "evaluate", lambda engine: map_tasks(engine, task, inner, tasks)
+        )
         empty = query_x.new_zeros(query_x.shape[0], 0)
         losses, slopes, accepted = (t if isinstance(t, Tensor) else None for t in trails)
         return Evaluation(
@@ -351,18 +355,27 @@ class MetaLearner(nn.Module):
             accepted,
         )
 
-    def _with_engine(self, run: Callable[[str], Any]) -> Any:
+    def _with_engine(self, method: str, run: Callable[[str], Any]) -> Any:
         """``run(engine)``, where ``"auto"`` takes the tasks in turn if torch cannot batch them."""
         engine = choose_engine(self.engine, self.model, self.mirror_map)
-        if self.engine != "auto":
+        if self.engine != "auto" or engine == "loop":
             return run(engine)
-        drawn = torch.get_rng_state()
-        try:
-            return run("loop" if self._in_turn else engine)
-        except NotBatchableError:
-            self._in_turn = True
-            torch.set_rng_state(drawn)  # as if it had not been tried
+        if method in self._in_turn:
             return run("loop")
+        rewind = rewinder(self.log_lr.device)
+        try:
+            return run(engine)
+        except torch.OutOfMemoryError:
+            raise
+        except (NotBatchableError, RuntimeError) as error:
+            # Not all that torch cannot batch is told in words of its own; if it is no matter of
+            # batching, the tasks in turn raise it again.
+            reason = str(error).partition("\n")[0]
+        rewind()  # as if it had not been tried
+        result = run("loop")
+        self._in_turn.add(method)
+        warnings.warn(f"{method} takes the tasks in turn: {reason}", stacklevel=3)
+        return result
 
     def calibrate(self, loss_fn: LossFn, support_x: Tensor, support_y: Tensor) -> None:
         """Sets the scale of the map to the first Euclidean step, -alpha g, on a batch of tasks.

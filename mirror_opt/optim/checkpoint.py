@@ -23,11 +23,9 @@ __all__ = ["adopt", "checked", "hide_state", "pack_maps"]
 
 State = dict[Any, dict[str, Any]]
 
-# Of maps as they are packed, and of the state beside them. What has no number is of version 1.
-# It lies with the map, since torch.distributed.checkpoint keeps groups and state and no more.
+# Of maps as they are packed, and of the state beside them. It lies with the map, since
+# torch.distributed.checkpoint keeps groups and state and no more.
 _VERSION = 1
-# What maps did before they had an option whose default is something else.
-_AT_FIRST: dict[str, Any] = {"normalized": False, "pace": 1.0}
 _ADVICE = "load what MirrorDescent.state_dict() gave"
 
 
@@ -148,7 +146,7 @@ def _pack(mirror_map: MirrorMap) -> dict[str, Any]:
 
 def _check_same(mirror_map: MirrorMap, saved: Any) -> None:
     mine = _pack(mirror_map)
-    version = checked(saved, "mirror_map", dict).get("version", 1)
+    version = checked(saved, "mirror_map", dict).get("version")
     if checked(version, "version of the mirror_map", int) != _VERSION:
         raise InputError(
             f"the checkpoint's mirror_map is of version {version}, this mirror_opt reads "
@@ -163,8 +161,6 @@ def _check_same(mirror_map: MirrorMap, saved: Any) -> None:
     # torch.distributed.checkpoint drops what is empty.
     found = {**{key: {} for key in ("options", "state") if not mine[key]}, **saved}
     options = checked(found.get("options"), "options of the mirror_map", dict)
-    last = {key: key.rpartition(".")[2] for key in mine["options"]}
-    options = {key: _AT_FIRST[n] for key, n in last.items() if n in _AT_FIRST} | options
     # Options that only one side knows were added or dropped between two versions of the map.
     for key in options.keys() & mine["options"].keys():
         theirs = checked(options[key], f"option {key} of the mirror_map", int, float, str)

@@ -26,7 +26,7 @@ from mirror_opt.maps.separable import NeuralUnits, Separable
 from mirror_opt.newton import Status
 from mirror_opt.ops import exceeds
 from mirror_opt.ops.multi_tensor import is_observed, step_lists
-from mirror_opt.optim.options import FUSED, Group
+from mirror_opt.optim.options import Group, has_fused_step
 from mirror_opt.optim.plan import Lists
 from mirror_opt.optim.sharded import is_sharded, local, on_shards
 from mirror_opt.optim.update import Tensors, as_scalar, is_zero
@@ -215,13 +215,13 @@ def may_fuse(group: Group) -> bool:
     if group["rounding"] == "stochastic":
         return False
     if group["fused"] is None:
-        return group["foreach"] is None and isinstance(group["mirror_map"], FUSED)
+        return group["foreach"] is None and has_fused_step(group["mirror_map"])
     return group["fused"]
 
 
 def may_fuse_scaled(group: Group) -> bool:
     """Whether a fused step of the group may divide scaled gradients itself, and leave them."""
-    return may_fuse(group) and not isinstance(group["mirror_map"], Euclidean)
+    return may_fuse(group) and type(group["mirror_map"]) is SeparableNeural
 
 
 def fused_step(lists: Lists, grad_scale: Tensor | None = None) -> FusedStep | None:
@@ -233,7 +233,7 @@ def fused_step(lists: Lists, grad_scale: Tensor | None = None) -> FusedStep | No
     group = lists.group
     if not may_fuse(group) or is_zero(group["lr"]):
         return None
-    euclidean = isinstance(group["mirror_map"], Euclidean)
+    euclidean = type(group["mirror_map"]) is Euclidean
     reason = _refusal(lists, _euclidean_refusal if euclidean else _separable_refusal)
     if reason is not None:
         if group["fused"]:
@@ -267,7 +267,7 @@ def _euclidean_refusal(lists: Lists, dtypes: set[torch.dtype]) -> str | None:
 
 def _separable_refusal(lists: Lists, dtypes: set[torch.dtype]) -> str | None:
     mirror_map, param = lists.group["mirror_map"], lists.params[0]
-    if not isinstance(mirror_map, SeparableNeural):
+    if type(mirror_map) is not SeparableNeural:
         name = type(mirror_map).__name__
         return f"there is a fused step for SeparableNeural and Euclidean, not for {name}"
     if torch.float64 in dtypes and len(dtypes) > 1:

@@ -13,7 +13,6 @@ from mirror_opt.maps import Euclidean, MirrorMap, SeparableNeural
 from mirror_opt.optim.sharded import check_placements, is_sharded, local, whole
 
 __all__ = [
-    "FUSED",
     "RUN_OPTIONS",
     "Group",
     "check_decay",
@@ -21,6 +20,7 @@ __all__ = [
     "check_options",
     "check_rounding",
     "drop_repeated",
+    "has_fused_step",
     "is_anchored",
     "keeps_dual",
     "parameter_name",
@@ -32,7 +32,7 @@ Group = dict[str, Any]
 # These hold for the optimizer as a whole, and for a run rather than its checkpoint.
 RUN_OPTIONS = ("differentiable", "nonfinite")
 
-FUSED = (SeparableNeural, Euclidean)  # the maps that have a fused step
+_FUSED = (SeparableNeural, Euclidean)
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CHOICES: dict[str, tuple] = {
@@ -46,6 +46,11 @@ _CHOICES: dict[str, tuple] = {
     "differentiable": (True, False),
     "nonfinite": ("raise", "skip", "propagate", None),
 }
+
+
+def has_fused_step(mirror_map: MirrorMap) -> bool:
+    """Whether there is a fused step for the map: for no subclass, whose mathematics are its own."""
+    return type(mirror_map) in _FUSED
 
 
 def keeps_dual(group: Group) -> bool:
@@ -122,10 +127,10 @@ def check_group(group: Group, defaults: Group) -> None:
                 f"Invalid {name}={group[name]!r} in a parameter group: it holds for the whole "
                 "optimizer, pass it to MirrorDescent"
             )
-    if group["fused"] and not isinstance(group["mirror_map"], FUSED):
+    if group["fused"] and not has_fused_step(group["mirror_map"]):
         raise InputError(
             f"Invalid fused=True for {type(group['mirror_map']).__name__}: there is a fused step "
-            f"for {' and '.join(kind.__name__ for kind in FUSED)} only, pass fused=None"
+            f"for {' and '.join(kind.__name__ for kind in _FUSED)} only, pass fused=None"
         )
     for slot, p in enumerate(group["params"]):
         if not is_lazy(p) and torch._debug_has_internal_overlap(local(p)) == 1:

@@ -17,7 +17,7 @@ from mirror_opt.runs.directory import write_bytes
 
 __all__ = ["VERSION", "load", "restore", "save"]
 
-VERSION = 5
+VERSION = 1
 _FORMAT = "mirror_opt.run"
 _SEAL = b"mirror_opt.run sha256 "
 _DIGITS = 64  # of the digest in hexadecimal, which follows
@@ -70,9 +70,7 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
         error.filename = str(path)  # read() does not say which file it was
         raise
     body, digest = data[:-_DIGITS], data[-_DIGITS:]
-    # Versions before the seal are read to the end too, to say which version it is.
-    has_seal = body.endswith(_SEAL)
-    if has_seal and digest != _digest(body):
+    if not body.endswith(_SEAL) or digest != _digest(body):
         raise InputError(broken)
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -87,7 +85,7 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
             f"{path}: checkpoint version {state['version']}, this mirror_opt reads "
             f"{VERSION}; use the mirror_opt that wrote it, or train again"
         )
-    if not has_seal or any(not isinstance(state.get(k, ...), kind) for k, kind in _FIELDS.items()):
+    if any(not isinstance(state.get(k, ...), kind) for k, kind in _FIELDS.items()):
         raise InputError(broken)
     return state
 

@@ -1,6 +1,7 @@
 r"""One writer in a run's directory at a time."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,8 +72,9 @@ def _hold(file: int, out: Path) -> None:
         raise InputError(
             f"{out}: another run is writing there; wait until it ends, or pass another --out"
         ) from None
-    except OSError:
-        pass  # a file system without locks
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise  # else a file system without locks
 
 
 def _is_at(file: int, path: Path) -> bool:
