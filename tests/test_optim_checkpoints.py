@@ -3,9 +3,11 @@
 import copy
 import functools
 import io
+import math
 import operator
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from optim_cases import CASES, IDS, descend, learned, parameter, same, snapshot, start
@@ -99,7 +101,7 @@ def trained(mirror_map, *values):
             r"dual of parameter 'w' has shape \(1,\)|"
             r"momentum_buffer of parameter 'w' has",
         ),
-        (lambda: torch.optim.SGD([parameter(1.0, 2.0)]), "load what MirrorDescent.state_dict"),
+        (lambda: torch.optim.SGD([parameter(1.0, 2.0)]), "no mirror_map: load what MirrorDescent"),
         (
             lambda: MirrorDescent([{"params": [parameter(1.0)]}, {"params": [parameter(2.0)]}]),
             r"groups have \[1, 1\] parameters, the optimizer's \[1\]: load",
@@ -158,6 +160,30 @@ def test_checkpoint_from_before_an_option_existed():
     assert (group["maximize"], group["dual_state"], group["anchor"]) == (False, None, "auto")
     assert group["nonfinite"] == "skip"
     descend(other, [p], 1)
+
+
+def test_checkpoint_of_numbers_of_numpy_holds_plain_values(tmp_path):
+    p = parameter(1.0, 2.0)
+    mirror_map = maps.SeparableNeural([p], rho=np.float64(0.5))
+    optimizer = MirrorDescent([p], np.float64(0.1), mirror_map, momentum=np.float32(0.9))
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: np.float64(0.5))
+    descend(optimizer, [p], 1)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+
+
+def test_checkpoint_after_a_decay_to_zero_loads():
+    # Which leaves a rounding error, on either side.
+    rates = set()
+    for steps in range(3, 20):
+        optimizer = trained(lambda p: maps.Hypentropy())
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 3, 0.0, steps)
+        for _ in range(steps):
+            optimizer.step()
+            scheduler.step()
+        rates.add(math.copysign(1.0, optimizer.param_groups[0]["lr"]))
+        trained(lambda p: maps.Hypentropy()).load_state_dict(optimizer.state_dict())
+    assert -1.0 in rates
 
 
 def everything(optimizer):

@@ -61,9 +61,39 @@ def test_parameters_are_real_floating_tensors(dtype):
 def test_a_group_that_cannot_be_checked_is_not_added():
     optimizer = MirrorDescent([parameter(1.0)])
     rate = torch.tensor(0.1, device="meta")  # whose value no one can ask
-    with pytest.raises(RuntimeError):
+    with pytest.raises(InputError, match="Invalid lr on the meta device: pass a number in"):
         optimizer.add_param_group({"params": [parameter(1.0)], "lr": rate})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: [torch.ones(2, 2).to_sparse()], "is torch.sparse_coo: pass p.to_dense()"),
+        (lambda: [torch.ones(2, 2).to_sparse_csr()], "is torch.sparse_csr: pass p.to_dense()"),
+        (lambda: torch.nn.LazyLinear(2).parameters(), "not initialised: pass a batch through"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_parameters_that_cannot_be_stepped_are_told_what_to_do(make, message):
+    with pytest.raises(InputError, match=message):
+        MirrorDescent(make(), 0.1, maps.NegativeEntropy())
+
+
+def test_maps_say_what_parameters_to_pass():
+    model = torch.nn.LazyLinear(2)
+    with pytest.raises(InputError, match=r"parameter 0 .* is not initialised: pass a batch"):
+        maps.KroneckerNeural(model.parameters())
+    with pytest.raises(InputError, match=r"is tuple: .*such as those of model.parameters\(\)"):
+        maps.KroneckerNeural(torch.nn.Linear(2, 2).named_parameters())
+
+
+def test_messages_have_one_line():
+    for options in ({"lr": torch.nn.Parameter(torch.tensor(-0.1))},
+                    {"mirror_map": torch.nn.Sequential(torch.nn.Linear(1, 1))}):  # fmt: skip
+        with pytest.raises(InputError) as caught:
+            MirrorDescent([parameter(1.0)], **options)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("simplex", [True, False])
@@ -274,15 +304,55 @@ def test_schedulers_drive_every_map(name, as_lr):
         assert len(set(rates)) > 1
 
 
-def test_weight_averaging_wraps_it():
-    model = torch.nn.Linear(2, 1)
-    average = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.5))
-    optimizer = MirrorDescent(model.parameters(), lr=0.1, dual_state=True)
+@pytest.mark.parametrize("averaging", ["swa", "ema"])
+@pytest.mark.parametrize("name", ["euclidean", "hypentropy", "kronecker"])
+def test_weight_averaging_wraps_it(name, averaging):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 1))
+    ema = {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(0.5)} if averaging == "ema" else {}
+    average = swa_utils.AveragedModel(model, **ema)
+    params = list(model.parameters())
+    optimizer = MirrorDescent(params, 0.1, learned(name, params, {}), dual_state=True)
+    schedule = swa_utils.SWALR(optimizer, swa_lr=0.05, anneal_epochs=2)
+    trail = []
     for _ in range(3):
-        descend(optimizer, list(model.parameters()), 1)
+        descend(optimizer, params, 1)
+        schedule.step()
         average.update_parameters(model)
-    assert torch.isfinite(average.module.weight).all()
-    assert not torch.equal(average.module.weight, model.weight)
+        trail.append([p.detach().clone() for p in params])
+    for i, p in enumerate(average.module.parameters()):
+        first, second, third = (at[i] for at in trail)
+        mean = (first + second + third) / 3
+        torch.testing.assert_close(
+            p.detach(), mean if averaging == "swa" else first / 4 + second / 4 + third / 2
+        )
+    swa_utils.update_bn([torch.randn(8, 2)], average)
+    # Training goes on from the average, beside the dual state of what it replaces.
+    model.load_state_dict(average.module.state_dict())
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, x in zip(params, before, strict=True):
+        torch.testing.assert_close(p.detach(), x)
+
+
+def test_a_scheduler_drives_every_group_by_its_own_rate():
+    ends = []
+    for cls in (MirrorDescent, torch.optim.SGD):
+        params = [parameter(1.0, -2.0), parameter(3.0), parameter(4.0)]
+        rates = (0.1, 0.01, 1e-28)
+        groups = [{"params": [p], "lr": lr} for p, lr in zip(params, rates, strict=True)]
+        optimizer = cls(groups, momentum=0.8)
+        first = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        second = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda k: 1 / (k + 1)] * 3)
+        for _ in range(4):
+            descend(optimizer, params, 1)
+            first.step()
+            second.step()
+        ends.append([*(p.detach() for p in params), *(g["lr"] for g in optimizer.param_groups)])
+    assert all(map(torch.equal, ends[0][:3], ends[1][:3]))
+    assert ends[0][3:] == ends[1][3:]
 
 
 @pytest.mark.parametrize("name", maps.REGISTRY)

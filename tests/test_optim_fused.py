@@ -5,12 +5,19 @@ import math
 
 import pytest
 import torch
-from optim_cases import COMPILER_WARNINGS, descend, learned, same, snapshot, start
+from optim_cases import (
+    COMPILER_WARNINGS,
+    as_on_an_accelerator,
+    descend,
+    learned,
+    same,
+    snapshot,
+    start,
+)
 
-import mirror_opt.optim.mirror_descent as optimizer_module
 from mirror_opt import backends, maps
 from mirror_opt.errors import InputError
-from mirror_opt.optim import MirrorDescent, fused
+from mirror_opt.optim import MirrorDescent, fused, plan, transaction
 
 pytestmark = [
     pytest.mark.skipif(backends.cpp.unavailable() is not None, reason="no CPU library is built"),
@@ -37,7 +44,7 @@ def taken(monkeypatch):
         return status
 
     monkeypatch.setattr(fused.SeparableStep, "_take", record)
-    monkeypatch.setattr(optimizer_module, "attempt", record_attempt)
+    monkeypatch.setattr(transaction, "attempt", record_attempt)
     return steps
 
 
@@ -367,7 +374,7 @@ def test_the_fused_euclidean_step_is_sgd(options, dtype, monkeypatch):
             euclidean(dtype=dtype, **options)
     assert same(euclidean(dtype=dtype, **options), unfused)
     # As on an accelerator, where nothing is read back, and the kernel may round otherwise.
-    monkeypatch.setattr(fused.FusedStep, "on_accelerator", True)
+    as_on_an_accelerator(monkeypatch)
     for x, y in zip(euclidean(dtype=dtype, nonfinite="skip", **options), unfused, strict=True):
         torch.testing.assert_close(x, y, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
 
@@ -390,7 +397,7 @@ def test_a_fused_euclidean_step_that_is_not_finite_changes_nothing(
     accelerator, options, monkeypatch
 ):
     if accelerator:
-        monkeypatch.setattr(fused.FusedStep, "on_accelerator", True)
+        as_on_an_accelerator(monkeypatch)
     finite, flagged = (euclidean(flag, nonfinite="skip", **options) for flag in (False, True))
     params = start("euclidean", {}, torch.float32)
     optimizer = MirrorDescent(params, **{"lr": 0.1, **options})
@@ -431,7 +438,7 @@ def test_a_map_that_was_built_in_inference_mode():
 def test_scale_and_flag_of_another_device_are_moved_to_the_parameters(kind, monkeypatch):
     # The flag is that of all groups, which may be on several devices.
     param = torch.ones(3, device="meta")
-    lists = optimizer_module.Lists({}, [0], [param], [param], [], [], [], [])
+    lists = plan.Lists({}, [0], [param], [param], [], [], [], [])
     step = kind(*([lists, None] if kind is fused.SeparableStep else [lists]))
     monkeypatch.setattr(kind, "_take", lambda self, *scalars: scalars)
     assert all(x.is_meta for x in step.take(torch.zeros(()), torch.ones(())))
@@ -490,3 +497,52 @@ def test_a_map_that_derives_from_one_with_a_fused_step_keeps_its_own_mathematics
         assert torch.equal(*ends)
         with pytest.raises(InputError, match="Invalid fused=True for"):
             MirrorDescent(params, mirror_map=make(params), fused=True)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize("how", ["eager", "accelerator", "compiled"])
+@pytest.mark.parametrize("name", ["separable", "euclidean"])
+def test_fused_and_unfused_groups_step_together_or_not_at_all(name, how, bad, monkeypatch):
+    a, b = (torch.ones(3, requires_grad=True) for _ in range(2))
+    mirror_map = maps.create(name, [a] if name == "separable" else [])
+    groups = [
+        {"params": [a], "mirror_map": mirror_map, "fused": True},
+        {"params": [b], "mirror_map": maps.Hypentropy()},
+    ]
+    optimizer = MirrorDescent(groups, lr=torch.tensor(0.1), nonfinite="skip")
+    if how == "accelerator":
+        as_on_an_accelerator(monkeypatch)
+    torch._dynamo.reset()
+    step = optimizer.step
+    if how == "compiled":
+        step = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for finite in (True, False):
+        before = [a.detach().clone(), b.detach().clone()]
+        for p in (a, b):
+            p.grad = torch.ones(3)
+        if not finite:
+            (a, b)[bad].grad[1] = math.nan
+        step()
+        assert [torch.equal(x, y) for x, y in zip((a, b), before, strict=True)] == [not finite] * 2
+
+
+@pytest.mark.parametrize("how", ["accelerator", "compiled"])
+@pytest.mark.parametrize("name", ["separable", "euclidean"])
+def test_a_fused_step_that_is_asked_to_raise_does(name, how, monkeypatch):
+    p = torch.ones(3, requires_grad=True)
+    mirror_map = maps.create(name, [p] if name == "separable" else [])
+    optimizer = MirrorDescent([p], 0.1, mirror_map, nonfinite="raise", fused=True)
+    if how == "accelerator":
+        as_on_an_accelerator(monkeypatch)
+    torch._dynamo.reset()
+    step = torch.compile(optimizer.step, backend="aot_eager") if how == "compiled" else None
+    p.grad = torch.ones(3)
+    (step or optimizer.step)()
+    after = p.detach().clone()
+    p.grad[1] = math.nan
+    with pytest.raises(FloatingPointError, match="the gradient of parameter 0"):
+        (step or optimizer.step)()
+    assert torch.equal(p, after)
+    p.grad = torch.full((3,), 1e20)  # beyond what a fused step takes: it is not dropped
+    (step or optimizer.step)()
+    assert not torch.equal(p, after)

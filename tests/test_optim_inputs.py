@@ -24,6 +24,7 @@ from torch.testing._internal.common_optimizers import (
 )
 
 from mirror_opt import MirrorDescent, backends
+from mirror_opt.errors import InputError
 
 # Construction.
 
@@ -361,6 +362,66 @@ def test_older_state_dicts_load(name):
             other.load_state_dict(older)
             assert flag in other.param_groups[0]
             run(other, other.param_groups[0]["params"], 1)
+        for group in saved["param_groups"]:
+            for flag in i.not_og_supported_flags:
+                del group[flag]
+        other = cls(start())
+        other.load_state_dict(saved)
+        assert set(i.not_og_supported_flags) <= other.param_groups[0].keys()
+        run(other, other.param_groups[0]["params"], 1)
+
+
+@over_maps
+def test_equal_runs_have_equal_state_dicts_that_keep_names(name):
+    cls, cases = every(name, "differentiable")
+    for case in cases:
+        found = []
+        for _ in range(2):
+            params = start()
+            optimizer = cls(list(zip("ab", params, strict=True)), **copy.deepcopy(case.kwargs))
+            run(optimizer, params)
+            found.append(optimizer.state_dict())
+        (group,), (other,) = (saved["param_groups"] for saved in found)
+        assert group["params"] == other["params"] == [0, 1]
+        assert group["param_names"] == ["a", "b"]
+        assert {k: v for k, v in group.items() if k != "mirror_map"} == {
+            k: v for k, v in other.items() if k != "mirror_map"
+        }
+        assert same(*([x for s in saved["state"].values() for x in s.values()] for saved in found))
+        fresh = cls(list(zip("xy", start(), strict=True)))
+        fresh.load_state_dict(found[0])
+        assert fresh.state_dict()["param_groups"][0]["param_names"] == ["a", "b"]
+
+
+@over_maps
+@pytest.mark.parametrize(
+    "device",
+    [
+        "meta",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+            ],
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
+def test_state_moves_to_the_device_of_its_parameter(name, device):
+    cls, _ = every(name)
+    params = start(dtype=torch.bfloat16)
+    options = {"lr": 0.01, "momentum": 0.9, "dual_state": True}
+    optimizer = cls(params, **options)
+    run(optimizer, params, 2)
+    moved = [p.detach().to(device).requires_grad_() for p in params]
+    here = cls(start(dtype=torch.bfloat16), **options).param_groups[0]["mirror_map"]
+    other = MirrorDescent(moved, mirror_map=here.to(device), **options)
+    other.load_state_dict(optimizer.state_dict())
+    for p, q in zip(params, moved, strict=True):
+        for key, x in optimizer.state[p].items():
+            assert other.state[q][key].device.type == device
+            assert other.state[q][key].dtype == x.dtype == torch.float32
 
 
 @over_maps
@@ -389,3 +450,18 @@ def test_flags_changed_later_take_effect():
         run(optimizer, params, 1)
     fused = backends.cpp.unavailable() is None
     assert counted() == ["separable_step_"] * fused
+
+
+@pytest.mark.parametrize(("name", "value"), [("nonfinite", "skip"), ("differentiable", True)])
+def test_options_of_the_whole_optimizer_do_not_change_in_one_group(name, value):
+    params = start()
+    optimizer = MirrorDescent([{"params": [p]} for p in params], 0.1)
+    optimizer.param_groups[1][name] = value
+    give(params, 0)
+    with pytest.raises(InputError, match=f"Invalid {name}={value!r} in a parameter group"):
+        optimizer.step()
+    assert same([p.detach() for p in params], [p.detach() for p in start()])
+    if name == "nonfinite":
+        optimizer.defaults[name] = optimizer.param_groups[0][name] = value
+        params[0].grad.fill_(torch.nan)
+        optimizer.step()

@@ -126,7 +126,7 @@ def test_overflow_of_the_momentum_is_refused():
     p.grad = torch.tensor([3e38, 0.0, 0.0])
     optimizer.step()
     before = snapshot(optimizer)
-    with pytest.raises(FloatingPointError, match="the momentum or the dual state overflows"):
+    with pytest.raises(FloatingPointError, match=r"the momentum of parameter 0 .* leaves the ra"):
         optimizer.step()
     assert same(snapshot(optimizer), before)
 

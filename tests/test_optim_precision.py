@@ -4,7 +4,16 @@ import math
 
 import pytest
 import torch
-from optim_cases import CASES, IDS, learned, quadratic, same, snapshot, start
+from optim_cases import (
+    CASES,
+    IDS,
+    as_on_an_accelerator,
+    learned,
+    quadratic,
+    same,
+    snapshot,
+    start,
+)
 
 from mirror_opt import backends, maps
 from mirror_opt.errors import InputError
@@ -114,13 +123,42 @@ def test_a_flag_that_is_not_read_stops_every_part_of_a_step(monkeypatch):
         return [x.detach().clone() for x in moved]
 
     before = moving()
-    monkeypatch.setattr(fused.FusedStep, "on_accelerator", True)
-    monkeypatch.setattr(MirrorDescent, "_may_read", staticmethod(lambda flag, policy: False))
+    as_on_an_accelerator(monkeypatch)
     for flag, stays in ((1.0, True), (0.0, False)):
         optimizer.found_inf = torch.tensor(flag)
         optimizer.step()
         pairs = list(zip(moving(), before, strict=True))
         assert [torch.equal(x, y) for x, y in pairs] == [stays] * len(pairs)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("name", ["euclidean", "hypentropy", "separable"])
+def test_a_scale_and_a_flag_may_have_one_dimension(name, fused):
+    # As torch's sharded scaler makes them; a 0-dim parameter is there to be made larger.
+    ends = []
+    for shape in ((), (1,)):
+        params = [torch.full(s, 0.5, requires_grad=True) for s in ((3,), ())]
+        mirror_map = learned(name, params if name == "separable" else [], {})
+        optimizer = MirrorDescent(params, 0.1, mirror_map, fused=fused, nonfinite="skip")
+        for flag in (0.0, 1.0):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.grad_scale = torch.full(shape, 4.0)
+            optimizer.found_inf = torch.full(shape, flag)
+            optimizer.step()
+        ends.append(params)
+    assert all(map(torch.equal, *ends))
+    assert (ends[0][1] < 0.5).all()
+
+
+def test_float16_trains_where_nothing_is_read_back(monkeypatch):
+    # Its fused step, which could overflow, would be skipped every time.
+    params = [torch.ones(4, dtype=torch.float16, requires_grad=True)]
+    optimizer = MirrorDescent(params, 0.1, maps.SeparableNeural(params), nonfinite="skip")
+    as_on_an_accelerator(monkeypatch)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    assert (params[0] < 0.95).all()
 
 
 def test_float16_gradients_are_divided_in_float32():

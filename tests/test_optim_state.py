@@ -1,8 +1,11 @@
 """State is what the steps that were taken made of it, and follows parameters that others change."""
 
 import copy
+import gc
 import pickle
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from optim_cases import descend, parameter, same, snapshot
@@ -261,6 +264,63 @@ def test_weights_that_are_written_after_loading_are_taken_as_they_are(name, agai
     p.grad = torch.zeros_like(p)
     optimizer.step()
     torch.testing.assert_close(p.detach(), torch.tensor([4.0, 0.75, 6.0], dtype=dtype))
+
+
+@pytest.mark.parametrize("to", [torch.float32, torch.float16, torch.float64], ids=str)
+@over_duals
+def test_a_master_copy_survives_loading_into_another_dtype(name, to):
+    p, optimizer = beginning(name, dtype=torch.bfloat16)
+    for _ in range(3):
+        p.grad = torch.full_like(p, 1e-3)
+        optimizer.step()
+    q, other = beginning(name, dtype=to)
+    other.load_state_dict(optimizer.state_dict())
+    fill(q, *p.tolist())
+    for x, o in ((p, optimizer), (q, other)):
+        o.param_groups[0]["momentum"] = 0.0
+        x.grad = torch.zeros_like(x)
+        o.step()
+    for key, value in optimizer.state[p].items():
+        torch.testing.assert_close(other.state[q][key].float(), value)
+
+
+@over_duals
+def test_weights_that_are_replaced_at_an_old_address_are_seen(name):
+    p, optimizer = beginning(name)
+    optimizer.param_groups[0]["momentum"] = 0.0
+    buffer = np.zeros(3, np.float32)
+    for value in (0.3, 0.4, 0.5):
+        buffer[:] = value
+        p.data = torch.from_numpy(buffer)
+        p.grad = torch.zeros(3)
+        optimizer.step()
+        torch.testing.assert_close(p.detach(), torch.full((3,), value))
+
+
+def test_weights_are_seen_whatever_their_place_in_the_group():
+    params = [parameter(1.0, 2.0) for _ in range(3)]
+    optimizer = MirrorDescent(params, 0.1, maps.Hypentropy(), dual_state=True)
+    descend(optimizer, params, 1)
+    optimizer.param_groups[0]["params"] = params[1:]
+    fill(params[2], 5.0, 5.0)
+    for p in params[1:]:
+        p.grad = torch.zeros(2)
+    optimizer.step()
+    torch.testing.assert_close(params[2].detach(), torch.full((2,), 5.0))
+
+
+def test_parameters_that_are_taken_out_are_let_go():
+    p, q = parameter(1.0), parameter(2.0)
+    optimizer = MirrorDescent(
+        [{"params": [p]}, {"params": [q]}], 0.1, maps.Hypentropy(), dual_state=True
+    )
+    descend(optimizer, [p, q], 1)
+    optimizer.param_groups.pop()
+    del optimizer.state[q]
+    gone = weakref.ref(q)
+    del q
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_parameter_without_a_gradient_in_the_first_step_after_loading():

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from mirror_opt.dtypes import at_least_float32
 from mirror_opt.errors import InputError
@@ -62,9 +63,9 @@ class MirrorMap(nn.Module):
     convex conjugate. One mirror step is ``inverse(forward(x) - lr * gradient)`` (Nemirovski and
     Yudin 1983; Beck and Teboulle 2003).
 
-    All methods take a sequence of tensors, one for each parameter; entries that are None (no
-    gradient) pass through as None. ``coefficients()`` holds what depends on the map's own
-    parameters alone: compute it once and hand it to many calls.
+    All methods take a sequence of tensors, one for each parameter; h is a sum over them, and
+    entries that are None (no gradient) pass through as None. ``coefficients()`` holds what depends
+    on the map's own parameters alone: compute it once and hand it to many calls.
 
     Subclasses implement, for one tensor and its coefficients, ``_gradient``,
     ``_gradient_conjugate`` and ``_potential`` or ``_conjugate``.
@@ -297,10 +298,16 @@ class OwningMap(MirrorMap):
         if not params:
             raise InputError(f"{type(self).__name__} got no parameters: pass a non-empty sequence")
         for i, p in enumerate(params):
+            if isinstance(p, Tensor) and is_lazy(p):
+                raise InputError(
+                    f"parameter {i} of {type(self).__name__} is not initialised: pass a batch "
+                    "through the model first"
+                )
             if not isinstance(p, Tensor) or not p.is_floating_point():
                 got = p.dtype if isinstance(p, Tensor) else type(p).__name__
                 raise InputError(
-                    f"parameter {i} of {type(self).__name__} is {got}: pass real floating tensors"
+                    f"parameter {i} of {type(self).__name__} is {got}: pass real floating tensors, "
+                    "such as those of model.parameters()"
                 )
         self.shapes = [tuple(p.shape) for p in params]
 

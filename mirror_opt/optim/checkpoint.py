@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mirror_opt.errors import InputError
+from mirror_opt.errors import InputError, is_number
 from mirror_opt.maps import MirrorMap
 from mirror_opt.optim.options import (
     Group,
@@ -39,6 +40,8 @@ class _Hidden:
 def pack_maps(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """Post-hook of ``state_dict``: every map as plain values."""
     for group in state_dict["param_groups"]:
+        for key, value in group.items():
+            group[key] = _plain(value)
         group["mirror_map"] = _pack(group["mirror_map"])
 
 
@@ -126,10 +129,15 @@ def checked(value: Any, what: str, *kinds: type) -> Any:
     return value
 
 
+def _plain(value: Any) -> Any:
+    """A number of numpy, which ``torch.load(weights_only=True)`` refuses, as one of Python."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _pack(mirror_map: MirrorMap) -> dict[str, Any]:
     """A map's name, the plain attributes that its tensors do not show, and its tensors."""
     options = {
-        f"{path}.{key}".removeprefix("."): value
+        f"{path}.{key}".removeprefix("."): _plain(value)
         for path, module in mirror_map.named_modules()
         for key, value in vars(module).items()
         if isinstance(value, bool | int | float | str)
@@ -145,6 +153,8 @@ def _pack(mirror_map: MirrorMap) -> dict[str, Any]:
 
 
 def _check_same(mirror_map: MirrorMap, saved: Any) -> None:
+    if saved is None:
+        raise InputError(f"the checkpoint's groups have no mirror_map: {_ADVICE}")
     mine = _pack(mirror_map)
     version = checked(saved, "mirror_map", dict).get("version")
     if checked(version, "version of the mirror_map", int) != _VERSION:
@@ -193,7 +203,10 @@ def _check_group(own: Group, group: Group) -> None:
     missing = {"lr", "momentum", "weight_decay"} - group.keys()  # every version has saved these
     if missing:
         raise InputError(f"the checkpoint's group has no {', '.join(sorted(missing))}: {_ADVICE}")
-    check_options({**group, "mirror_map": own["mirror_map"]})
+    # Schedulers leave a rate that ends at zero a rounding error below it.
+    lr = group["lr"]
+    lr = abs(lr) if is_number(lr) or isinstance(lr, Tensor) else lr
+    check_options({**group, "mirror_map": own["mirror_map"], "lr": lr})
     check_rounding(group)
     names = checked(group.get("param_names", []), "param_names", list)
     for name in names:

@@ -28,8 +28,9 @@ from mirror_opt.ops import exceeds
 from mirror_opt.ops.multi_tensor import is_observed, step_lists
 from mirror_opt.optim.options import Group, has_fused_step
 from mirror_opt.optim.plan import Lists
+from mirror_opt.optim.scalars import as_scalar, is_zero, reads_freely, usable_on
 from mirror_opt.optim.sharded import is_sharded, local, on_shards
-from mirror_opt.optim.update import Tensors, as_scalar, is_zero
+from mirror_opt.optim.update import Tensors
 
 __all__ = ["FusedStep", "attempt", "fused_step", "may_fuse", "may_fuse_scaled"]
 
@@ -63,42 +64,38 @@ class FusedStep:
     lists: Lists
 
     @property
-    def on_accelerator(self) -> bool:
-        return self.lists.params[0].device.type != "cpu"
-
-    @property
     def moderate(self) -> bool:
         """Whether the map's coefficients, if it has any, are within the bounds."""
         return True
 
-    def found_inf(self, grad_scale: Tensor | None) -> Tensor:
-        """0 where the step cannot fail, else 1: 0-dim, on the device of the parameters."""
+    def could_fail(self, grad_scale: Tensor | None) -> Tensor:
+        """1 where the step could fail, else 0: 0-dim, on the device of the parameters."""
         group, _, params, *others = self.lists
         read = [x for xs in others for x in xs] + ([] if self.lists.duals else params)
         half = any(p.dtype == torch.float16 for p in params)
         flag = exceeds(read, _BOUND if self.moderate and not half else -1.0)
         rate = as_scalar(group["lr"]) * _growth(group)
         if isinstance(rate, Tensor):
-            rate = _readable(rate, flag.device)
+            rate = usable_on(flag.device, rate)
             flag = torch.clamp(flag + (~(rate.abs() <= _SCALE)).float(), max=1.0)
         elif not abs(rate) <= _SCALE:
             flag = torch.ones_like(flag)
         # A scale below 1 would make gradients larger than what was read.
         return flag if grad_scale is None else torch.maximum(flag, (grad_scale < 1).to(flag))
 
-    def take(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> Status | None:
-        """Takes the step; the status, None on an accelerator and in compiled code.
+    def take(self, stop: Tensor | None, grad_scale: Tensor | None) -> Status | None:
+        """Takes the step; the status, None where it cannot be read freely.
 
         Args:
-            found_inf, grad_scale: one element, on any device: other groups may be on others.
+            stop: not zero where nothing is to change; None: nothing stops it.
+            grad_scale: what gradients are divided by. Both are 0-dim and on any device: other
+                groups may be on others.
         """
         device = self.lists.params[0].device
-        found_inf, grad_scale = (
-            None if x is None else x.to(device) for x in (found_inf, grad_scale)
-        )
-        return self._take(found_inf, grad_scale)
+        stop, grad_scale = (None if x is None else x.to(device) for x in (stop, grad_scale))
+        return self._take(stop, grad_scale)
 
-    def _take(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> Status | None:
+    def _take(self, stop: Tensor | None, grad_scale: Tensor | None) -> Status | None:
         raise NotImplementedError
 
 
@@ -112,42 +109,40 @@ class SeparableStep(FusedStep):
     def moderate(self) -> bool:
         return self.coefficients.moderate
 
-    def _take(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> Status | None:
+    def _take(self, stop: Tensor | None, grad_scale: Tensor | None) -> Status | None:
         group, slots, params, grads, buffers, anchors, dual_inits, duals = self.lists
         mirror_map = group["mirror_map"]
         gains, w, s, c = self.coefficients.of(slots)
         lr = as_scalar(group["lr"])
         if isinstance(lr, Tensor):
-            lr = _readable(lr, params[0].device)
+            lr = usable_on(params[0].device, lr)
         else:
             lr = torch.tensor(lr, dtype=torch.float64, device="cpu")  # whatever the default
         status = torch.zeros((), dtype=torch.int32, device=params[0].device)
         step_lists(
             params, grads, lr, gains, w, s, c, buffers, anchors, duals,
-            dual_inits, grad_scale, found_inf, status, group["momentum"],
+            dual_inits, grad_scale, stop, status, group["momentum"],
             group["weight_decay"], group["nesterov"], group["maximize"],
             mirror_map.parametrization == "primal", "algebraic",
         )  # fmt: skip
-        if self.on_accelerator or torch.compiler.is_compiling():
-            return None
-        return Status(int(status))
+        return Status(int(status)) if reads_freely(params) else None
 
 
 @dataclass(frozen=True)
 class EuclideanStep(FusedStep):
     """By the functions of ``torch.optim.SGD``, after a decay of the weights that is AdamW's."""
 
-    def _take(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> Status | None:
+    def _take(self, stop: Tensor | None, grad_scale: Tensor | None) -> Status | None:
         group, _, params, grads, buffers, *_ = self.lists
         lr, decay = as_scalar(group["lr"]), group["weight_decay"]
         if isinstance(lr, Tensor):
-            lr = _readable(lr, params[0].device)
+            lr = usable_on(params[0].device, lr)
         if decay != 0:
             factor = 1 - lr * decay
-            if found_inf is not None:
+            if stop is not None:
                 # In their dtype: beside a number, a number would become a float32.
-                one = torch.ones((), dtype=params[0].dtype, device=found_inf.device)
-                factor = torch.where(found_inf == 0, factor, one).to(one.dtype)
+                one = torch.ones((), dtype=params[0].dtype, device=stop.device)
+                factor = torch.where(stop == 0, factor, one).to(one.dtype)
             torch._foreach_mul_(params, factor)
         sgd(
             params,
@@ -155,8 +150,8 @@ class EuclideanStep(FusedStep):
             cast(list[Tensor | None], buffers or [None] * len(params)),
             # On the CPU its loop is the faster; but only its fused kernel takes found_inf.
             foreach=False,
-            fused=self.on_accelerator or found_inf is not None,
-            found_inf=found_inf,
+            fused=stop is not None or not reads_freely(params),
+            found_inf=stop,
             weight_decay=0,
             momentum=group["momentum"],
             lr=cast(float, lr),  # or a tensor
@@ -164,7 +159,7 @@ class EuclideanStep(FusedStep):
             nesterov=group["nesterov"],
             maximize=group["maximize"],
         )
-        return None if self.on_accelerator else Status.CONVERGED
+        return None
 
 
 def attempt(lists: Lists, grad_scale: Tensor | None) -> Status | None:
@@ -178,7 +173,7 @@ def attempt(lists: Lists, grad_scale: Tensor | None) -> Status | None:
     mirror_map = group["mirror_map"]
     if not (type(mirror_map) is SeparableNeural and may_fuse(group)) or is_observed(params):
         return None
-    if not all(p.is_cpu for p in params) or backends.chosen() not in ("auto", "cpp"):
+    if not reads_freely(params) or backends.chosen() not in ("auto", "cpp"):
         return None
     if grad_scale is not None and not grad_scale >= 1:
         return None  # gradients larger than what the library looks at
@@ -197,11 +192,6 @@ def attempt(lists: Lists, grad_scale: Tensor | None) -> Status | None:
         return None
     torch.autograd.graph.increment_version((*params, *buffers, *duals))
     return Status(status)
-
-
-def _readable(x: Tensor, device: torch.device) -> Tensor:
-    """A 0-dim tensor on that device, or on the CPU, whose numbers every device takes."""
-    return x if x.is_cpu else x.to(device)
 
 
 def _growth(group: Group) -> float:
@@ -234,6 +224,8 @@ def fused_step(lists: Lists, grad_scale: Tensor | None = None) -> FusedStep | No
     if not may_fuse(group) or is_zero(group["lr"]):
         return None
     euclidean = type(group["mirror_map"]) is Euclidean
+    if torch.compiler.is_compiling() and (euclidean or not group["fused"]):
+        return None  # what is compiled is fused too
     reason = _refusal(lists, _euclidean_refusal if euclidean else _separable_refusal)
     if reason is not None:
         if group["fused"]:
@@ -249,10 +241,7 @@ def _refusal(lists: Lists, of_map: Callable[[Lists, set[torch.dtype]], str | Non
     tensors = [*lists.params, *lists.grads]
     if len({x.device for x in tensors}) > 1:
         return "the parameters are on several devices"
-    reason = of_map(lists, {x.dtype for x in tensors})
-    if reason is None and torch.compiler.is_compiling() and not lists.group["fused"]:
-        return "torch.compile fuses the step itself"
-    return reason
+    return of_map(lists, {x.dtype for x in tensors})
 
 
 def _euclidean_refusal(lists: Lists, dtypes: set[torch.dtype]) -> str | None:
@@ -279,6 +268,8 @@ def _separable_refusal(lists: Lists, dtypes: set[torch.dtype]) -> str | None:
     computed = [at_least_float32(x.dtype) for x in stored] + [x.dtype for x in wide]
     if any(other != dtype for other in computed):
         return "parameters have changed their dtype since the first step"
+    if param.dtype == torch.float16 and not reads_freely([param]):
+        return "what leaves the range of float16 is found out by reading back"
     if torch.compiler.is_compiling():
         return None  # the operator chooses its backend when it runs
     units = cast(NeuralUnits, mirror_map.groups[0])

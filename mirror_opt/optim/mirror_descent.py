@@ -1,34 +1,28 @@
 """MirrorDescent: the optimizer around the update, with its state and its checkpoints."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
+from torch.optim.optimizer import ParamsT
 
 from mirror_opt.dtypes import autocast_devices
-from mirror_opt.errors import InputError
 from mirror_opt.maps import Euclidean, MirrorMap
-from mirror_opt.newton import NewtonError, Status
-from mirror_opt.optim import blocks
 from mirror_opt.optim.checkpoint import adopt, checked, hide_state, pack_maps
-from mirror_opt.optim.fused import FusedStep, attempt, fused_step, may_fuse, may_fuse_scaled
+from mirror_opt.optim.fused import may_fuse_scaled
 from mirror_opt.optim.options import (
     RUN_OPTIONS,
     Group,
-    check_decay,
     check_group,
     check_options,
     drop_repeated,
 )
-from mirror_opt.optim.plan import Lists, Plan, attempt_each, failure
-from mirror_opt.optim.rounding import generators
-from mirror_opt.optim.sharded import agreed, anywhere, is_sharded, meshes, on_shards
+from mirror_opt.optim.plan import Lists
+from mirror_opt.optim.sharded import is_sharded
 from mirror_opt.optim.state import States
-from mirror_opt.optim.update import Update, all_finite, widened
+from mirror_opt.optim.transaction import take
 from mirror_opt.optim.written import Written
 from mirror_opt.untraced import untraced
 
@@ -59,9 +53,9 @@ class MirrorDescent(Optimizer):
     evaluated, and zeta is the master copy of float16 and bfloat16 parameters. Weight decay acts on
     phi, so that z is then recomputed in every step from the decayed, unrounded grad h*(z).
     Parameters that were written to since (weights clipped, masked or loaded), or a map that is
-    another, are seen, and z taken from them anew. Not seen are values that come in by ``p.data``, a
-    map whose own tensors have changed, and anything between compiled steps: there, delete
-    ``optimizer.state[p]["dual"]``.
+    another, are seen, and z taken from them anew. Not seen are writes that torch does not count
+    (into ``p.data``, and those of its own optimizers with ``fused=True``), a map whose own tensors
+    have changed, and anything between compiled steps: there, delete ``optimizer.state[p]["dual"]``.
 
     **NaN and Inf**, in a gradient or in what the map makes of it. A step changes all parameters and
     their state or nothing. ``"raise"`` raises FloatingPointError. ``"skip"`` skips the step, by a
@@ -77,9 +71,10 @@ class MirrorDescent(Optimizer):
     **Fused.** For ``maps.SeparableNeural`` a step is one pass over memory, in place, by the backend
     that ``mirror_opt.use_backend`` chooses; for ``maps.Euclidean`` in float32 or float64, without
     dual state or anchor, it is that of torch's own SGD. Where it could fail (a magnitude beyond
-    1e15, and float16 always) the step is taken unfused; on an accelerator, where asking would
-    synchronise, it is skipped, or with ``"propagate"`` taken, by our operator except for the
-    elements that fail.
+    1e15, and float16 always) the step is taken unfused. On an accelerator, where asking would
+    synchronise, float16 is not fused, and a step that could fail is skipped, or with
+    ``"propagate"`` taken, by our operator except for the elements that fail. Coefficients of a map
+    are kept until its tensors are written to; a write that torch does not count is not seen.
 
     **CUDA graphs.** A step can be captured after one that was not, which creates the state, with
     ``nonfinite="skip"`` or ``"propagate"``, where nothing is solved outside a kernel. What is to
@@ -223,12 +218,12 @@ class MirrorDescent(Optimizer):
             if any(is_sharded(p) for group in self.param_groups for p in group["params"]):
                 self._step_outside_graphs()
             else:
-                self._take_step()
+                take(self, self._collect, None)
             return
         self._states = States(self.state)
         taken = None
         try:
-            taken = self._take_step()
+            taken = take(self, self._collect, self._states)
         except BaseException:
             # GradScaler removes what it has set only after a step that returns.
             vars(self).pop("grad_scale", None)
@@ -239,117 +234,17 @@ class MirrorDescent(Optimizer):
                 self._states.undo()
             del self._states
         for lists in taken or []:
-            if lists.duals:
-                self._written.record(lists)
-
-    def _take_step(self) -> list[Lists] | None:
-        """Takes a step; what it read, or None where nothing but new state has changed."""
-        shared = meshes(p for group in self.param_groups for p in group["params"])
-        policy = self._nonfinite_policy()
-        grad_scale, stop = self._from_scaler(shared)
-        if stop is not None and self._may_read(stop, policy):
-            if stop:
-                return None
-            stop = None
-        # A solve that fails in one process must not keep it from meeting the others: go on.
-        failures: list[NewtonError] = []
-        lists = [x for x in attempt_each(self._collect, self.param_groups, failures) if x.params]
-        alone = len(lists) == 1 and stop is None and not (failures or shared)
-        if alone and not self.defaults["differentiable"]:
-            status = attempt(lists[0], grad_scale)
-            if status is not None:
-                self._check(status)
-                return lists
-        fused, found_inf = self._fused_steps(lists, policy, shared, grad_scale)
-        unfused = [x for x, step in zip(lists, fused, strict=True) if step is None]
-        plans = attempt_each(
-            functools.partial(self._plan, grad_scale=grad_scale), unfused, failures
-        )
-        if failures and policy == "propagate":
-            raise failures[0]
-        keep = None
-        if (plans or failures or shared) and policy != "propagate":
-            keep = all_finite([t for plan in plans for t in plan.outcome()])
-            keep = agreed(torch.zeros_like(keep) if failures else keep, shared)
-            # A select would let autograd multiply the NaN that it hides by zero: there, ask.
-            if policy == "raise" or self.defaults["differentiable"] or failures:
-                if not keep:
-                    if policy == "skip":
-                        return None
-                    raise failure(self.param_groups, plans, failures)
-                keep = None
-        if stop is not None:
-            keep = stop == 0 if keep is None else keep & (stop == 0).to(keep.device)
-        if keep is not None and any(fused):
-            stop = (~keep).float()
-            found_inf = stop if found_inf is None else torch.maximum(found_inf, stop.to(found_inf))
-        if not torch.compiler.is_compiling() and self._states.changed:
-            # The one step that a skip has to be known of: it keeps no state that it has made.
-            stops = [keep is not None and ~keep, any(fused) and found_inf is not None and found_inf]
-            if any(bool(x) for x in stops if not getattr(x, "is_meta", False)):
-                return None
-        for plan in plans:
-            plan.take(keep, self.state if self.defaults["differentiable"] else None)
-        for step in filter(None, fused):
-            self._check(step.take(found_inf, grad_scale))
-        return lists
+            self._written.record(lists)
 
     @untraced
     def _step_outside_graphs(self) -> None:
         self._step()
-
-    @staticmethod
-    def _check(status: Status | None) -> None:
-        if status not in (None, Status.CONVERGED):
-            raise NewtonError(status)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         # GradScaler asks: where this is true it sets grad_scale and found_inf around a step instead
         # of unscaling the gradients, in a pass of its own, and reading found_inf back.
         return any(map(may_fuse_scaled, self.param_groups))
-
-    @staticmethod
-    def _may_read(flag: Tensor, policy: str) -> bool:
-        """Whether reading the flag back costs no synchronisation that the policy would not."""
-        on_cpu = flag.device.type == "cpu" and not torch.compiler.is_compiling()
-        return on_cpu or policy == "raise"
-
-    def _from_scaler(self, shared: list) -> tuple[Tensor | None, Tensor | None]:
-        """What GradScaler has set: the scale of the gradients, and a flag to skip the step."""
-        found_inf = getattr(self, "found_inf", None)
-        if isinstance(found_inf, int):  # the sum of no flags, where there are no gradients
-            found_inf = torch.tensor(float(found_inf), device="cpu")
-        if found_inf is not None and shared:
-            found_inf = anywhere(found_inf, shared)
-        return getattr(self, "grad_scale", None), found_inf
-
-    def _fused_steps(
-        self, lists: list[Lists], policy: str, shared: list, grad_scale: Tensor | None
-    ) -> tuple[list[FusedStep | None], Tensor | None]:
-        """The fused step of each group that has one, and the ``found_inf`` that stops them all."""
-        if self.defaults["differentiable"]:
-            return [None] * len(lists), None
-        fused = [fused_step(x, grad_scale) for x in lists]
-        steps = [step for step in fused if step is not None]
-        elsewhere = torch.compiler.is_compiling() or any(step.on_accelerator for step in steps)
-        asked = steps or (shared and any(map(may_fuse, self.param_groups)))
-        if not asked or (elsewhere and policy == "propagate"):
-            return fused, None
-        flags = [step.found_inf(grad_scale) for step in steps] or [torch.zeros(())]
-        found_inf = functools.reduce(torch.maximum, (flag.to(flags[0]) for flag in flags))
-        if shared:
-            found_inf = anywhere(found_inf, shared)
-        if elsewhere:
-            return fused, found_inf
-        # Where a step could fail, take the one that can be undone.
-        return ([None] * len(lists) if found_inf else fused), None
-
-    def _nonfinite_policy(self) -> str:
-        if self.defaults["nonfinite"] is not None:
-            return self.defaults["nonfinite"]
-        on_cpu = all(p.is_cpu for group in self.param_groups for p in group["params"])
-        return "raise" if on_cpu and not torch.compiler.is_compiling() else "skip"
 
     def _init_group(self, *lists: Any) -> None:
         # torch.compile knows this name from torch's own optimizers: it calls the method once,
@@ -363,43 +258,6 @@ class MirrorDescent(Optimizer):
         lists = Lists(group, [], [], [], [], [], [], [])
         self._init_group(*lists)
         return lists
-
-    def _plan(self, lists: Lists, grad_scale: Tensor | None) -> Plan:
-        """A group's step before it is taken."""
-        group, slots, params, grads, buffers, anchors, dual_inits, duals = lists
-        differentiable = self.defaults["differentiable"]
-        if differentiable and any(p.is_leaf and p.requires_grad for p in params):
-            raise InputError(
-                "differentiable=True cannot change a leaf tensor that requires grad: pass non-leaf "
-                "parameters, such as p.clone()"
-            )
-        if grad_scale is not None:
-            grads = [g / grad_scale.to(g.device) for g in widened(grads)]
-        check_decay(group)
-        stochastic = group["rounding"] == "stochastic"
-        foreach = group["foreach"]
-        if foreach is None:
-            _, foreach = _default_to_fused_or_foreach(params, differentiable)
-        new = blocks.step(
-            params,
-            grads,
-            buffers,
-            anchors,
-            dual_inits,
-            duals,
-            mirror_map=on_shards(group["mirror_map"], group["params"]),
-            slots=slots,
-            count=len(group["params"]),
-            lr=group["lr"],
-            momentum=group["momentum"],
-            nesterov=group["nesterov"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            foreach=foreach,
-            differentiable=differentiable,
-            draws=generators(group["params"], slots) if stochastic else None,
-        )
-        return Plan(group, foreach, slots, grads, Update(params, buffers, duals), new)
 
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's, each ``mirror_map`` as its name, options and tensors.

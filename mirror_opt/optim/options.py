@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from mirror_opt.dtypes import at_least_float32
 from mirror_opt.errors import InputError, is_number
 from mirror_opt.maps import Euclidean, MirrorMap, SeparableNeural
+from mirror_opt.optim.scalars import as_scalar
 from mirror_opt.optim.sharded import check_placements, is_sharded, local, whole
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "check_group",
     "check_options",
     "check_rounding",
+    "check_run_options",
     "drop_repeated",
     "has_fused_step",
     "is_anchored",
@@ -76,7 +78,9 @@ def parameter_name(group: Group, slot: int) -> str:
     """A parameter for an error message: by its name if the user gave one."""
     if "param_names" in group:
         return f"parameter {group['param_names'][slot]!r}"
-    return f"parameter {slot} of its group, of shape {tuple(group['params'][slot].shape)}"
+    p = group["params"][slot]
+    shape = "no shape yet" if is_lazy(p) else f"shape {tuple(p.shape)}"
+    return f"parameter {slot} of its group, of {shape}"
 
 
 def check_options(options: Group) -> None:
@@ -90,7 +94,7 @@ def check_options(options: Group) -> None:
     for name, choices in _CHOICES.items():
         if not isinstance(options[name], bool | str | None) or options[name] not in choices:
             legal = ", ".join(map(repr, choices))
-            raise InputError(f"Invalid {name}={options[name]!r}: pass one of {legal}")
+            raise InputError(f"Invalid {name}={_shown(options[name])}: pass one of {legal}")
     if options["nesterov"] and options["momentum"] == 0:
         raise InputError("Invalid nesterov=True with momentum=0: pass a momentum in (0, 1)")
     if options["foreach"] and options["differentiable"]:
@@ -103,7 +107,7 @@ def check_options(options: Group) -> None:
         raise InputError(f"Invalid rounding='stochastic' with {other}=True: pass {other}=False")
     if not isinstance(options["mirror_map"], MirrorMap):
         raise InputError(
-            f"Invalid mirror_map={options['mirror_map']!r}: pass an instance of a map in "
+            f"Invalid mirror_map={_shown(options['mirror_map'])}: pass an instance of a map in "
             "mirror_opt.maps, such as maps.Hypentropy()"
         )
 
@@ -121,19 +125,22 @@ def drop_repeated(group: Group) -> None:
 def check_group(group: Group, defaults: Group) -> None:
     """Raises InputError for options out of range or parameters that the map does not serve."""
     check_options(group)
-    for name in RUN_OPTIONS:
-        if group[name] != defaults[name]:
-            raise InputError(
-                f"Invalid {name}={group[name]!r} in a parameter group: it holds for the whole "
-                "optimizer, pass it to MirrorDescent"
-            )
+    check_run_options(group, defaults)
     if group["fused"] and not has_fused_step(group["mirror_map"]):
         raise InputError(
             f"Invalid fused=True for {type(group['mirror_map']).__name__}: there is a fused step "
             f"for {' and '.join(kind.__name__ for kind in _FUSED)} only, pass fused=None"
         )
     for slot, p in enumerate(group["params"]):
-        if not is_lazy(p) and torch._debug_has_internal_overlap(local(p)) == 1:
+        if is_lazy(p):
+            if group["mirror_map"].domain != "reals":
+                raise InputError(
+                    f"{parameter_name(group, slot)} is not initialised: pass a batch through the "
+                    "model first"
+                )
+        elif p.layout is not torch.strided:
+            raise InputError(f"{parameter_name(group, slot)} is {p.layout}: pass p.to_dense()")
+        elif torch._debug_has_internal_overlap(local(p)) == 1:
             raise InputError(
                 f"{parameter_name(group, slot)} is expanded, so that its entries share memory: "
                 "pass p.contiguous()"
@@ -157,6 +164,16 @@ def check_group(group: Group, defaults: Group) -> None:
         )
 
 
+def check_run_options(group: Group, defaults: Group) -> None:
+    """Raises InputError where a group has a value of its own for what holds for all of them."""
+    for name in RUN_OPTIONS:
+        if group[name] != defaults[name]:
+            raise InputError(
+                f"Invalid {name}={group[name]!r} in a parameter group: it holds for the whole "
+                f"optimizer, pass it to MirrorDescent, or set it in its defaults and every group"
+            )
+
+
 def check_rounding(group: Group) -> None:
     """Raises InputError where a parameter is of a dtype that is not rounded as was asked."""
     for slot, p in enumerate(group["params"]):
@@ -172,14 +189,11 @@ def check_decay(group: Group) -> None:
 
     As far as the rate can be read without a synchronisation or a cut graph.
     """
-    lr, decay, domain = group["lr"], group["weight_decay"], group["mirror_map"].domain
-    if decay == 0 or domain == "reals" or torch.compiler.is_compiling():
+    decay, domain = group["weight_decay"], group["mirror_map"].domain
+    if decay == 0 or domain == "reals":
         return
-    if isinstance(lr, Tensor):
-        if not lr.is_cpu:
-            return
-        lr = lr.detach().item()
-    if lr * decay >= 1:
+    lr = as_scalar(group["lr"])
+    if not isinstance(lr, Tensor) and lr * decay >= 1:
         raise InputError(
             f"Invalid weight_decay={decay!r} with {lr=} for parameters that are to stay "
             f"{'on the simplex' if domain == 'simplex' else 'positive'}: their product has to be "
@@ -188,6 +202,13 @@ def check_decay(group: Group) -> None:
 
 
 def _check_number(name: str, value: Any, upper: float) -> None:
+    if isinstance(value, Tensor) and value.is_meta:
+        raise InputError(f"Invalid {name} on the meta device: pass a number in [0, {upper})")
     number = value.item() if isinstance(value, Tensor) and name == "lr" else value
     if not is_number(number) or not 0 <= number < upper:
-        raise InputError(f"Invalid {name}={value!r}: pass a number in [0, {upper})")
+        raise InputError(f"Invalid {name}={_shown(value)}: pass a number in [0, {upper})")
+
+
+def _shown(value: Any) -> str:
+    """A value in one line."""
+    return " ".join(repr(value).split())

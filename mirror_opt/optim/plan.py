@@ -1,18 +1,20 @@
-"""What a step of a parameter group reads and would write, and what is said where it may not."""
+"""A group's step before it is taken: what it reads, and what it would write."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _default_to_fused_or_foreach
 
-from mirror_opt.newton import NewtonError
-from mirror_opt.optim.options import Group, parameter_name
-from mirror_opt.optim.sharded import local
-from mirror_opt.optim.update import Tensors, Update, all_finite
+from mirror_opt.errors import InputError
+from mirror_opt.optim import blocks
+from mirror_opt.optim.options import Group, check_decay, parameter_name
+from mirror_opt.optim.rounding import generators
+from mirror_opt.optim.sharded import on_shards
+from mirror_opt.optim.update import Rule, Tensors, Update, widened
 
-__all__ = ["Lists", "Plan", "attempt_each", "failure"]
+__all__ = ["Lists", "Plan", "plan"]
 
 
 class Lists(NamedTuple):
@@ -50,11 +52,11 @@ class Plan:
         shown = [] if buffers or duals else self.grads
         return [*params, *buffers, *duals, *shown]
 
-    def take(self, keep: Tensor | None, states: dict[Tensor, dict] | None = None) -> None:
+    def take(self, stop: Tensor | None, states: dict[Tensor, dict] | None = None) -> None:
         """Takes the step.
 
         Args:
-            keep: 0-dim bool, whether to; None: yes.
+            stop: 0-dim, not zero where nothing is to change; None: nothing stops it.
             states: where new state goes, for autograd has saved what there is; else it is written
                 in place.
         """
@@ -62,8 +64,9 @@ class Plan:
         for kind, old, new in kinds:
             if not old:
                 continue
-            if keep is not None:
-                new = [torch.where(keep.to(o.device), n, o) for o, n in zip(old, new, strict=True)]
+            if stop is not None:
+                pairs = zip(old, new, strict=True)
+                new = [torch.where(stop.to(o.device) == 0, n, o) for o, n in pairs]
             if states is not None and kind != "parameter":
                 for p, n in zip(self.old.params, new, strict=True):
                     states[p][kind] = n
@@ -74,51 +77,39 @@ class Plan:
                     o.copy_(n)
 
 
-def attempt_each(function: Callable[[Any], Any], xs: list, failures: list[NewtonError]) -> list:
-    """The function of each x; of those whose solve fails, the error in ``failures`` instead."""
-    results = []
-    for x in xs:
-        try:
-            results.append(function(x))
-        except NewtonError as error:
-            failures.append(error)
-    return results
+def plan(lists: Lists, grad_scale: Tensor | None, differentiable: bool) -> Plan:
+    """The plan of a group.
 
-
-_ADVICE = "nothing was changed: lower lr, clip the gradients, or pass nonfinite='skip'"
-
-
-def failure(groups: list[Group], plans: list[Plan], failures: list[NewtonError]) -> ArithmeticError:
-    """The error of a step that may not be taken."""
-    cause = _nonfinite_gradient(groups)
-    if cause is None and failures:
-        return failures[0]
-    error = FloatingPointError(cause or _nonfinite_result(plans))
-    error.__cause__ = failures[0] if failures else None
-    return error
-
-
-def _nonfinite_gradient(groups: list[Group]) -> str | None:
-    """Names the first gradient that is not finite."""
-    for i, group in enumerate(groups):
-        unnamed = len(groups) > 1 and "param_names" not in group
-        where = f" (group {i})" if unnamed else ""
-        for slot, p in enumerate(group["params"]):
-            if p.grad is not None and p.numel() > 0 and not all_finite([local(p.grad)]):
-                name = parameter_name(group, slot) + where
-                return f"the gradient of {name} holds NaN or Inf; {_ADVICE}"
-    return None
-
-
-def _nonfinite_result(plans: list[Plan]) -> str:
-    """Says where finite gradients led to a value that is not finite."""
-    for plan in plans:
-        for slot, old, new in zip(plan.slots, plan.old.params, plan.new.params, strict=True):
-            name = parameter_name(plan.group, slot)
-            if not all_finite([old]):
-                return f"{name} holds NaN or Inf already; {_ADVICE}"
-            if not all_finite([new]):
-                return f"the step of {name} leaves the range of {new.dtype}; {_ADVICE}"
-        if not all_finite([*plan.new.buffers, *plan.new.duals]):
-            return f"the momentum or the dual state overflows; {_ADVICE}"
-    return f"the step fails in another process that holds shards; {_ADVICE}"
+    Raises:
+        InputError: weight decay would leave the domain, or autograd cannot record the step.
+        NewtonError: a solve of the map failed.
+    """
+    group, slots, params, grads, buffers, anchors, dual_inits, duals = lists
+    leaves = [slot for slot, p in zip(slots, params, strict=True) if p.is_leaf and p.requires_grad]
+    if differentiable and leaves:
+        raise InputError(
+            f"differentiable=True cannot change {parameter_name(group, leaves[0])}, a leaf tensor "
+            "that requires grad: pass non-leaf parameters, such as p.clone()"
+        )
+    check_decay(group)
+    if grad_scale is not None:
+        grads = [g / grad_scale.to(g.device) for g in widened(grads)]
+    foreach = group["foreach"]
+    if foreach is None:
+        _, foreach = _default_to_fused_or_foreach(params, differentiable)
+    stochastic = group["rounding"] == "stochastic"
+    rule = Rule(
+        on_shards(group["mirror_map"], group["params"]),
+        slots,
+        len(group["params"]),
+        group["lr"],
+        group["momentum"],
+        group["nesterov"],
+        group["weight_decay"],
+        group["maximize"],
+        foreach,
+        differentiable,
+        generators(group["params"], slots) if stochastic else None,
+    )
+    new = blocks.step(rule, params, grads, buffers, anchors, dual_inits, duals)
+    return Plan(group, foreach, slots, grads, Update(params, buffers, duals), new)

@@ -21,7 +21,6 @@ from mirror_opt.maps import MirrorMap
 
 __all__ = [
     "OnShards",
-    "agreed",
     "anywhere",
     "check_placements",
     "from_shard",
@@ -103,19 +102,14 @@ def meshes(params: Iterable[Any]) -> list:
     return list(dict.fromkeys(p.device_mesh for p in params if is_sharded(p)))
 
 
-def agreed(flag: Tensor, meshes: Iterable) -> Tensor:
-    """Whether the flag (0-dim bool) is set in every process of the meshes."""
-    for mesh in meshes:
-        count = flag.to(mesh.device_type, torch.int32)
-        for group in mesh.get_all_groups():
-            torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MIN, group)
-        flag = count.bool()
-    return flag
-
-
 def anywhere(flag: Tensor, meshes: Iterable) -> Tensor:
-    """1.0 where the flag (0-dim, as ``found_inf``) is not zero in any process of the meshes."""
-    return 1 - agreed(flag == 0, meshes).float()
+    """Not zero where the flag (0-dim, as ``found_inf``) is not in some process of the meshes."""
+    for mesh in meshes:
+        count = (flag != 0).to(mesh.device_type, torch.int32)
+        for group in mesh.get_all_groups():
+            torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX, group)
+        flag = count.float()
+    return flag
 
 
 class OnShards:
@@ -127,21 +121,22 @@ class OnShards:
     """
 
     def __init__(self, mirror_map: MirrorMap, params: Sequence[Any]):
-        self._map, self._params = mirror_map, params
+        self.whole, self.entrywise = mirror_map, mirror_map.entrywise
+        self._params = params
         # For each tensor, how it is placed when it goes into the map.
         self._inside: list[Any] = [
             _uncut(p, mirror_map.coupled(p.dim())) if is_sharded(p) else None for p in params
         ]
 
     def __call__(self, xs: Sequence[Tensor | None], coefficients: Any = None) -> list:
-        return self._apply(self._map, xs, coefficients)
+        return self._apply(self.whole, xs, coefficients)
 
     def inverse(self, zs: Sequence[Tensor | None], coefficients: Any = None) -> list:
-        return self._apply(self._map.inverse, zs, coefficients)
+        return self._apply(self.whole.inverse, zs, coefficients)
 
     def coefficients(self) -> Sequence[Any] | None:
         """Those of the map, each with the part that its tensor's shard meets."""
-        coefficients = self._map.coefficients()
+        coefficients = self.whole.coefficients()
         if coefficients is None:
             return None
         if not any(_is_cut(q) for at in self._inside for q in at or ()):

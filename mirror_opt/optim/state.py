@@ -18,6 +18,7 @@ from mirror_opt.optim.options import (
 )
 from mirror_opt.optim.plan import Lists
 from mirror_opt.optim.rounding import may_round_to
+from mirror_opt.optim.scalars import is_zero
 from mirror_opt.optim.sharded import (
     anywhere,
     from_shard,
@@ -27,12 +28,14 @@ from mirror_opt.optim.sharded import (
     meshes,
     on_shards,
 )
-from mirror_opt.optim.update import Tensors, is_zero, through, widened
+from mirror_opt.optim.update import Tensors, through, widened
 
 __all__ = ["STATE", "States"]
 
 # What a parameter may have; a user's own entries beside these are left alone.
 STATE = frozenset(("momentum_buffer", "anchor", "dual", "dual_init"))
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class States:
@@ -180,8 +183,10 @@ class States:
                 self._set(p, "dual_init", z)
 
     def _unrounded(self, lists: Lists, i: int) -> Tensor:
-        """A copy of a parameter in at least float32; entries that still are what a dual state was
-        rounded to, as that has them."""
+        """A copy of a parameter in at least float32.
+
+        Entries that still equal the rounded dual state take its unrounded value.
+        """
         (x,) = widened([lists.params[i]], copy=True)
         state = self._states.get(lists.group["params"][lists.slots[i]], {})
         if "dual" not in state or x.dtype == lists.params[i].dtype:
@@ -215,14 +220,21 @@ class States:
             # The parameter was rounded once, to either side; the map rounds on its way.
             numbers = torch.stack([x.to(old.dtype), old, *lists.anchors[i : i + 1]])
             largest = numbers.abs().max() if x.numel() else 0.0
-            own, wide = (torch.finfo(y.dtype).eps for y in (x, old))
-            rounding = own * x.abs() + 64 * wide * largest
+            rounding = _coarseness(x) * x.abs() + 64 * torch.finfo(old.dtype).eps * largest
             differs = ~((x - old).abs() <= rounding).all()
             if is_sharded(whole):  # all of its processes go through the map, or none
                 differs = anywhere(differs, meshes([whole])) != 0
             if bool(differs):
                 found.append(i)
         return found
+
+
+def _coarseness(x: Tensor) -> float:
+    """How coarsely the entries were rounded, relative to their size: as a narrower dtype rounds,
+    where all are numbers of it, as those that were loaded from a model of that dtype are."""
+    narrower = [kind for kind in _FLOATS if kind.itemsize < x.itemsize]
+    held = [kind for kind in narrower if torch.equal(x.to(kind).to(x.dtype), x)]
+    return max(torch.finfo(kind).eps for kind in (x.dtype, *held))
 
 
 def _is(x: Tensor, rounded: Tensor) -> Tensor:

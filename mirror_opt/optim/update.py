@@ -11,19 +11,46 @@ from torch import Tensor
 from mirror_opt.dtypes import at_least_float32
 from mirror_opt.maps import MirrorMap
 from mirror_opt.optim.rounding import round_stochastically
+from mirror_opt.optim.scalars import as_scalar, is_zero
 from mirror_opt.optim.sharded import OnShards
 
 __all__ = [
+    "Rule",
+    "Tensors",
     "Update",
     "all_finite",
-    "as_scalar",
-    "is_zero",
     "mirror_descent",
     "through",
     "widened",
 ]
 
 Tensors = list[Tensor]
+
+
+class Rule(NamedTuple):
+    """How a group steps.
+
+    Attributes:
+        mirror_map: acts on ``total`` tensors, of which those of a step are the ones at ``slots``.
+        lr, momentum, nesterov, weight_decay, maximize: the options of ``MirrorDescent``.
+        foreach: use multi-tensor kernels.
+        differentiable: autograd records the step.
+        draws: round bfloat16 parameters and momentum stochastically, each with this generator.
+        coefficients: of the map for the ``total`` tensors, where they are known.
+    """
+
+    mirror_map: MirrorMap | OnShards
+    slots: list[int]
+    total: int
+    lr: float | Tensor
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    maximize: bool
+    foreach: bool
+    differentiable: bool
+    draws: Sequence[torch.Generator | None] | None = None
+    coefficients: Sequence[Any] | None = None
 
 
 class Update(NamedTuple):
@@ -35,25 +62,13 @@ class Update(NamedTuple):
 
 
 def mirror_descent(
+    rule: Rule,
     params: Tensors,
     grads: Tensors,
     buffers: Tensors,
     anchors: Tensors,
     dual_inits: Tensors,
     duals: Tensors,
-    *,
-    mirror_map: MirrorMap | OnShards,
-    slots: list[int],
-    count: int,
-    lr: float | Tensor,
-    momentum: float,
-    nesterov: bool,
-    weight_decay: float,
-    maximize: bool,
-    foreach: bool,
-    differentiable: bool,
-    draws: Sequence[torch.Generator | None] | None = None,
-    coefficients: Sequence[Any] | None = None,
 ) -> Update:
     r"""The equations of ``MirrorDescent`` for one parameter group.
 
@@ -63,9 +78,6 @@ def mirror_descent(
         anchors: phi_0; empty when the anchor is zero.
         dual_inits: z_0; empty when it is zero.
         duals: zeta = z - z_0; empty for a stateless step.
-        draws: round bfloat16 parameters and momentum stochastically, each with this generator.
-        coefficients: of the map for the ``count`` tensors, where they are known.
-        mirror_map: acts on ``count`` tensors, of which these are the ones at ``slots``.
 
     Returns:
         New tensors in the dtype of those that they are to replace.
@@ -73,19 +85,21 @@ def mirror_descent(
     Raises:
         NewtonError: a solve of the map failed.
     """
-    add, scale = (_foreach_add, _foreach_scale) if foreach else (_forloop_add, _forloop_scale)
+    mirror_map, slots, total, lr, momentum, nesterov, weight_decay, maximize, *_ = rule
+    draws, differentiable = rule.draws, rule.differentiable
+    add, scale = (_foreach_add, _foreach_scale) if rule.foreach else (_forloop_add, _forloop_scale)
     unmoved = is_zero(lr) and not differentiable
     lr = as_scalar(lr, differentiable)
-    coefficients = mirror_map.coefficients() if coefficients is None else coefficients
+    coefficients = mirror_map.coefficients() if rule.coefficients is None else rule.coefficients
 
     def primal(duals: Tensors) -> Tensors:
         zs = add(duals, dual_inits) if dual_inits else duals
-        xs = through(mirror_map.inverse, zs, slots, count, coefficients)
+        xs = through(mirror_map.inverse, zs, slots, total, coefficients)
         return add(xs, anchors) if anchors else xs
 
     def dual(xs: Tensors) -> Tensors:
         xs = add(xs, anchors, -1) if anchors else xs
-        zs = through(mirror_map, xs, slots, count, coefficients)
+        zs = through(mirror_map, xs, slots, total, coefficients)
         return add(zs, dual_inits, -1) if dual_inits else zs
 
     # The direction, operation by operation as SGD computes it.
@@ -138,7 +152,7 @@ def widened(xs: Tensors, copy: bool = False) -> Tensors:
 
 def all_finite(tensors: Tensors) -> Tensor:
     """0-dim bool, on the device of the first tensor: whether all entries are finite."""
-    device = tensors[0].device if tensors else None
+    device = tensors[0].device if tensors else "cpu"
     tensors = [t.detach() for t in tensors if t.numel()]
     if not tensors:
         return torch.ones((), dtype=torch.bool, device=device)
@@ -163,29 +177,6 @@ def _drawn(likes: Tensors, xs: Tensors, draws: Sequence[torch.Generator | None])
         round_stochastically(x, draw) if like.dtype == torch.bfloat16 else x.to(like.dtype)
         for like, x, draw in zip(likes, xs, draws, strict=True)
     ]
-
-
-def as_scalar(lr: float | Tensor, differentiable: bool = False) -> float | Tensor:
-    """The rate as a number where it may be read, else as a 0-dim tensor."""
-    if not isinstance(lr, Tensor):
-        # A product with a tensor is what torch.compile can keep a number a variable for; as an
-        # option of an operator it would be a constant, and every new rate compiled again.
-        compiling = torch.compiler.is_compiling()
-        return lr * torch.ones((), dtype=torch.float64, device="cpu") if compiling else lr
-    # A number is faster and rounds as in SGD. It stays a tensor where reading it would synchronise,
-    # or cut the graph of autograd or of a compiled step.
-    recorded = differentiable and lr.requires_grad
-    if lr.device.type == "cpu" and not recorded and not torch.compiler.is_compiling():
-        return lr.item()
-    return lr.reshape(())
-
-
-def is_zero(lr: float | Tensor) -> bool:
-    """Whether the rate is known to be 0 without a synchronisation or a cut graph."""
-    if torch.compiler.is_compiling():
-        return False  # a comparison would make the rate a constant
-    lr = as_scalar(lr)
-    return not isinstance(lr, Tensor) and lr == 0
 
 
 def _forloop_add(xs: Tensors, ys: Tensors, alpha: float | Tensor = 1) -> Tensors:
