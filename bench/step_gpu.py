@@ -30,8 +30,8 @@ from results import add_rows
 from steps import LR, MODELS, Problem, compiled, formula, make_problem, optimizer_step, residual
 from torch import Tensor
 
-from mirror_opt.backends import cuda
-from mirror_opt.kernels import multi_tensor
+from mirror_opt.backends import BACKENDS, cuda
+from mirror_opt.backends.step import Step
 
 NAME = "step_gpu"
 # Larger problems than this have no room for the temporaries of the eager formula.
@@ -42,17 +42,12 @@ COMPILED_UNITS = 8
 
 def our_step(problem: Problem, backend: str, gain: bool) -> Tensor:
     """By the backend itself; the operator's own cost is that of any operator of torch.library."""
-    params, grads = problem.params, problem.grads
-    units = tuple(zip(*problem.units, strict=True))
-    if backend == "triton":
-        gains = problem.gains if gain else None
-        return multi_tensor.step_(params, grads, LR, gains, *units, primal=True)
+    params, gains = problem.params, problem.gains if gain else []
     status = torch.zeros((), dtype=torch.int32, device=params[0].device)
-    gains = problem.gains if gain else []
-    cuda.step_(
-        params, grads, torch.tensor(LR), gains, *units, [], [], [], [], None, None, status, 0.0,
-        0.0, False, False, True, "algebraic",
-    )  # fmt: skip
+    BACKENDS[backend].step_(Step(
+        params, problem.grads, torch.tensor(LR), gains, *zip(*problem.units, strict=True), [], [],
+        [], [], None, None, status, 0.0, 0.0, False, False, True, "algebraic",
+    ))  # fmt: skip
     return status
 
 

@@ -18,16 +18,14 @@ An element whose solve fails, or whose result is not finite in the parameter's d
 parameter and state, and the status tells.
 """
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from mirror_opt.errors import InputError
+from mirror_opt.backends.step import Step
 from mirror_opt.kernels import plans
 from mirror_opt.kernels.device import (
     any_true,
@@ -273,80 +271,41 @@ def _step_kernel(
                 )
 
 
-def step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    lr: float | Tensor,
-    gains: Sequence[Tensor] | None,
-    ws: Sequence[Tensor],
-    ss: Sequence[Tensor],
-    cs: Sequence[Tensor],
-    *,
-    primal: bool,
-    buffers: Sequence[Tensor] | None = None,
-    anchors: Sequence[Tensor] | None = None,
-    duals: Sequence[Tensor] | None = None,
-    dual_inits: Sequence[Tensor] | None = None,
-    momentum: float = 0.0,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    status: Tensor | None = None,
-) -> Tensor:
+def step_(step: Step) -> None:
     r"""One mirror step of every parameter, in place, without synchronising.
 
-    One launch for each combination of dtypes and K in the list: one, as a rule.
-    Tensors that are neither contiguous nor channels-last are copied there and back. Autograd does
-    not see the change.
+    One launch for each combination of dtypes and K in the list: one, as a rule. Tensors that are
+    neither contiguous nor channels-last are copied there and back. Autograd does not see the
+    change.
 
     Args:
-        params: float32, bfloat16 or float16, of any shape.
-        grads: as ``params``.
-        lr: a number, or a tensor with one element, read where it is.
-        gains: float32, shaped as the parameters; None: 1.
-        ws, ss, cs: coefficients of psi, float32 ``(K, C)``; a parameter is seen as ``(C, n)``.
-        primal: S is grad h, else grad h*.
-        buffers: momentum b, changed; needed when ``momentum`` is not 0.
-        anchors: None: 0. Of the dtype of ``buffers``.
-        duals: zeta, float32, changed; None: a stateless step.
-        dual_inits: z_0, float32; None: 0.
-        momentum, nesterov, weight_decay, maximize: as in ``mirror_opt.MirrorDescent``.
-        grad_scale: one element, on any device; the gradients are divided by it.
-        found_inf: one element, on any device; unless it is 0 nothing changes.
-        status: int32 ``(1,)``, raised to the worst ``newton.Status``; None: a new one.
-
-    Returns:
-        The status.
+        step: as ``mirror_opt.ops.separable_step_`` says, in float32, bfloat16 or float16 with
+            coefficients and dual state of float32; anchors of the dtype of ``buffers``.
 
     Raises:
         InputError: tensors do not fit each other. Nothing has changed then.
     """
-    if (momentum != 0) != (buffers is not None):
-        raise InputError(f"Invalid {momentum=}: pass buffers with a momentum, and None without")
-    if not params:
-        return torch.zeros(1, dtype=torch.int32) if status is None else status
-    device = params[0].device
-    lists = (params, grads, gains, buffers, anchors, duals, dual_inits, ws, ss, cs)
-    if status is None:
-        status = torch.zeros(1, dtype=torch.int32, device=device)
-    grad_scale, found_inf = (None if x is None else x.to(device) for x in (grad_scale, found_inf))
-    on_device = isinstance(lr, Tensor) and lr.device == device
+    if not step.params:
+        return
+    device = step.params[0].device
+    lists = plans.lists_of(step)
+    grad_scale, found_inf = (
+        None if x is None else x.to(device) for x in (step.grad_scale, step.found_inf)
+    )
+    on_device = step.lr.device == device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         launches, copies = plans.plan(lists, device)
         for tensors, programs, compiled_for in launches:
             programs = programs.use()
             _step_kernel[len(programs),](
-                tensors.use(), programs, lr if on_device else float(lr), float(momentum),
-                float(weight_decay), grad_scale, found_inf, status, **compiled_for,
-                PRIMAL=primal, MOMENTUM=momentum != 0, NESTEROV=nesterov, DECAY=weight_decay != 0,
-                MAXIMIZE=maximize, ANCHOR=anchors is not None, DUAL=duals is not None,
-                DUAL_INIT=dual_inits is not None, LR_ON_DEVICE=on_device,
-                WIDE=plans.WIDE, NARROW=plans.NARROW, num_warps=_WARPS,
+                tensors.use(), programs, step.lr if on_device else float(step.lr),
+                float(step.momentum), float(step.weight_decay), grad_scale, found_inf, step.status,
+                **compiled_for, PRIMAL=step.primal, MOMENTUM=step.momentum != 0,
+                NESTEROV=step.nesterov, DECAY=step.weight_decay != 0, MAXIMIZE=step.maximize,
+                ANCHOR=bool(step.anchors), DUAL=bool(step.duals), DUAL_INIT=bool(step.dual_inits),
+                LR_ON_DEVICE=on_device, WIDE=plans.WIDE, NARROW=plans.NARROW, num_warps=_WARPS,
             )
     for original, copy in copies:
         for old, new in zip(original.changed(), copy.changed(), strict=True):
             if new is not old:
                 old.copy_(new)
-    return status

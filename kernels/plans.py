@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mirror_opt.backends.step import Step
 from mirror_opt.errors import InputError
 from mirror_opt.kernels.separable import check_device
 
-__all__ = ["FIELDS", "NARROW", "WIDE", "Item", "Launch", "plan"]
+__all__ = ["FIELDS", "NARROW", "WIDE", "Item", "Launch", "lists_of", "plan"]
 
 # Entries of a tile: eight to a thread of a warp where all are of one channel, which is two accesses
 # of 16 bytes for float32 and one for a half precision; else one to a thread, which then has room
@@ -58,6 +59,15 @@ class Item(NamedTuple):
         channels = self.w.shape[1]
         addresses = (0 if x is None else x.data_ptr() for x in self)
         return (*addresses, channels, self.param.numel() // channels)
+
+
+def lists_of(step: Step) -> Lists:
+    """The lists of a step in the order of ``Item``, None for those that are empty."""
+    lists = (
+        step.params, step.grads, step.gains, step.buffers, step.anchors, step.duals,
+        step.dual_inits, step.ws, step.ss, step.cs,
+    )  # fmt: skip
+    return tuple(xs or None for xs in lists)
 
 
 def _is_wide(row: tuple[int, ...]) -> bool:

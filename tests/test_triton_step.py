@@ -10,6 +10,7 @@ from triton_cases import DEVICES, DTYPES, make_units, rounding, unsynchronised
 
 from mirror_opt import MirrorDescent, maps, reference, use_backend
 from mirror_opt.backends import plain
+from mirror_opt.backends.step import Step
 from mirror_opt.errors import InputError
 from mirror_opt.newton import Status
 from mirror_opt.ops import separable_step_
@@ -60,12 +61,17 @@ class Tensors:
                 param.copy_(self.inverse(i, self.dual(i)) + self.anchor(i))
         self.before = [p.double() for p in self.params]
 
-    def step(self, lr=LR, **options) -> Tensor:
-        return step_(
-            self.params, self.grads, lr, self.gains, *zip(*self.units, strict=True),
-            primal=self.primal, buffers=self.buffers, anchors=self.anchors, duals=self.duals,
-            dual_inits=self.dual_inits, **self.options, **options,
-        )
+    def step(self, lr=LR, grad_scale=None, found_inf=None, status=None) -> Tensor:
+        options = {"momentum": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
+        if status is None:
+            status = torch.zeros(1, dtype=torch.int32, device=self.params[0].device)
+        step_(Step(
+            self.params, self.grads, torch.as_tensor(lr, dtype=torch.float64), self.gains or (),
+            *zip(*self.units, strict=True), self.buffers or (), self.anchors or (),
+            self.duals or (), self.dual_inits or (), grad_scale, found_inf, status,
+            **(options | self.options), primal=self.primal, sigma="algebraic",
+        ))  # fmt: skip
+        return status
 
     # In float64, the tensor i seen as (C, n).
 
@@ -307,7 +313,6 @@ def test_lists_that_do_not_fit_are_refused(device):
     refused("divides its number", lambda t: t.units.__setitem__(2, t.units[0]))
     refused("Invalid param .*float64", lambda t: t.params.__setitem__(2, t.params[2].double()))
     refused("Invalid dual of", lambda t: t.duals.__setitem__(0, t.duals[0].half()), dual=True)
-    refused("pass buffers", lambda t: setattr(t, "buffers", None), momentum=0.9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

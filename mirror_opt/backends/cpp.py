@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mirror_opt.backends.layout import Rows, contiguous, unserved, write_back
 from mirror_opt.backends.library import MAX_UNITS, load
+from mirror_opt.backends.step import Step
 
 __all__ = [
     "DEVICES",
@@ -26,7 +27,6 @@ __all__ = [
 
 DEVICES = ("cpu",)
 
-_CHANGED = (0, 6, 8)  # of the lists of step_: parameters, momentum, dual state
 _DTYPES = (torch.float32, torch.float64)
 # Operators that compute in float32 what is stored in less.
 _STORED = dict.fromkeys(("step_", "exceeds"), (*_DTYPES, torch.float16, torch.bfloat16))
@@ -77,40 +77,20 @@ def step(
     return rows.shaped(y), _on_cpu(status, torch.int32)
 
 
-def step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    lr: Tensor,
-    gains: Sequence[Tensor],
-    ws: Sequence[Tensor],
-    ss: Sequence[Tensor],
-    cs: Sequence[Tensor],
-    buffers: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    duals: Sequence[Tensor],
-    dual_inits: Sequence[Tensor],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    status: Tensor,
-    momentum: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    primal: bool,
-    sigma: str,
-) -> None:
-    if found_inf is not None and float(found_inf):
+def step_(step: Step) -> None:
+    if step.found_inf is not None and float(step.found_inf):
         return
-    rate = float(lr)
-    scale = (-1.0 if maximize else 1.0) / (1.0 if grad_scale is None else float(grad_scale))
-    lists = (params, grads, gains, ws, ss, cs, buffers, anchors, duals, dual_inits)
-    rows = [contiguous(xs) for xs in lists]
+    rate = float(step.lr)
+    scale = -1.0 if step.maximize else 1.0
+    if step.grad_scale is not None:
+        scale /= float(step.grad_scale)
+    rows = [contiguous(xs) for xs in step.lists]
     worst = torch.ops.mirror_opt_cpu.step_(
-        *rows, rate, momentum, 1 - rate * weight_decay, scale, nesterov, primal
+        *rows, rate, step.momentum, 1 - rate * step.weight_decay, scale, step.nesterov, step.primal
     )
-    write_back([lists[i] for i in _CHANGED], [rows[i] for i in _CHANGED])
+    write_back(step, rows)
     if worst:
-        status.clamp_(min=worst)
+        step.status.clamp_(min=worst)
 
 
 def table(

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mirror_opt.backends.step import CHANGED, Step
+
 __all__ = ["Rows", "contiguous", "unserved", "write_back"]
 
 
@@ -119,9 +121,9 @@ def contiguous(xs: Sequence[Tensor]) -> Sequence[Tensor]:
     return xs if all(map(Tensor.is_contiguous, xs)) else [x.contiguous() for x in xs]
 
 
-def write_back(lists: Sequence[Sequence[Tensor]], rows: Sequence[Sequence[Tensor]]) -> None:
-    """Copies what a step changed in contiguous copies of its lists into the lists themselves."""
-    for xs, copies in zip(lists, rows, strict=True):
+def write_back(step: Step, rows: Sequence[Sequence[Tensor]]) -> None:
+    """Copies what a step changed in contiguous ``rows`` of its lists into the lists themselves."""
+    for xs, copies in [(step.lists[i], rows[i]) for i in CHANGED]:
         if copies is not xs:
             for old, new in zip(xs, copies, strict=True):
                 if new is not old:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mirror_opt import reference
 from mirror_opt.backends.rotation import Rotation
+from mirror_opt.backends.step import Step
 from mirror_opt.newton import Status, solve_monotone
 from mirror_opt.reference import Units
 
@@ -79,29 +80,12 @@ def step(
     return inverse(forward(x, gain, w, s, c, sigma) - lr * g, gain, w, s, c, sigma)
 
 
-def step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    lr: Tensor,
-    gains: Sequence[Tensor],
-    ws: Sequence[Tensor],
-    ss: Sequence[Tensor],
-    cs: Sequence[Tensor],
-    buffers: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    duals: Sequence[Tensor],
-    dual_inits: Sequence[Tensor],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    status: Tensor,
-    momentum: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    primal: bool,
-    sigma: str,
-) -> None:
+def step_(step: Step) -> None:
     """One mirror step of every parameter in place; see ``ops.separable_step_``."""
+    (
+        params, grads, lr, gains, ws, ss, cs, buffers, anchors, duals, dual_inits, grad_scale,
+        found_inf, status, momentum, weight_decay, nesterov, maximize, primal, sigma,
+    ) = step  # fmt: skip
     go = torch.ones_like(status, dtype=torch.bool) if found_inf is None else found_inf == 0
     scale = (-1.0 if maximize else 1.0) / (1.0 if grad_scale is None else grad_scale)
     decay = 1 - lr * weight_decay

@@ -1,7 +1,6 @@
 """The operators as Triton kernels, on CUDA devices or in Triton's interpreter."""
 
 import os
-from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from mirror_opt.backends.layout import Rows, contiguous, unserved
 from mirror_opt.backends.plain import exceeds
+from mirror_opt.backends.step import Step
 
 __all__ = [
     "DEVICES",
@@ -92,36 +92,10 @@ def step(
     return rows.shaped(y), status
 
 
-def step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    lr: Tensor,
-    gains: Sequence[Tensor],
-    ws: Sequence[Tensor],
-    ss: Sequence[Tensor],
-    cs: Sequence[Tensor],
-    buffers: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    duals: Sequence[Tensor],
-    dual_inits: Sequence[Tensor],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    status: Tensor,
-    momentum: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    primal: bool,
-    sigma: str,
-) -> None:
-    from mirror_opt.kernels.multi_tensor import step_
+def step_(step: Step) -> None:
+    from mirror_opt.kernels import multi_tensor
 
-    step_(
-        params, grads, lr, gains or None, ws, ss, cs, primal=primal, buffers=buffers or None,
-        anchors=anchors or None, duals=duals or None, dual_inits=dual_inits or None,
-        momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, maximize=maximize,
-        grad_scale=grad_scale, found_inf=found_inf, status=status,
-    )  # fmt: skip
+    multi_tensor.step_(step)
 
 
 def backward(

@@ -8,11 +8,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mirror_opt import backends
+from mirror_opt.backends.step import Step
 from mirror_opt.dtypes import at_least_float32
 from mirror_opt.errors import InputError
 from mirror_opt.reference import Units
 
-__all__ = ["exceeds", "is_observed", "separable_step_", "step_lists"]
+__all__ = ["exceeds", "is_observed", "separable_step_", "take"]
 
 
 @torch.library.custom_op(
@@ -25,12 +26,10 @@ def _step_(
     grad_scale: Tensor | None, found_inf: Tensor | None, status: Tensor, momentum: float,
     weight_decay: float, nesterov: bool, maximize: bool, primal: bool, sigma: str,
 ) -> None:  # fmt: skip
-    if params:
-        module = backends.choose("step_", params[0], len(ws[0]), sigma)
-        module.step_(
-            params, grads, lr, gains, ws, ss, cs, buffers, anchors, duals, dual_inits, grad_scale,
-            found_inf, status, momentum, weight_decay, nesterov, maximize, primal, sigma,
-        )  # fmt: skip
+    _take(Step(
+        params, grads, lr, gains, ws, ss, cs, buffers, anchors, duals, dual_inits, grad_scale,
+        found_inf, status, momentum, weight_decay, nesterov, maximize, primal, sigma,
+    ))  # fmt: skip
 
 
 @_step_.register_fake
@@ -53,21 +52,20 @@ def is_observed(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def step_lists(
-    params: Sequence[Tensor], grads: Sequence[Tensor], lr: Tensor, gains: Sequence[Tensor],
-    ws: Sequence[Tensor], ss: Sequence[Tensor], cs: Sequence[Tensor], buffers: Sequence[Tensor],
-    anchors: Sequence[Tensor], duals: Sequence[Tensor], dual_inits: Sequence[Tensor],
-    grad_scale: Tensor | None, found_inf: Tensor | None, status: Tensor, *options,
-) -> None:  # fmt: skip
+def _take(step: Step) -> None:
+    if step.params:
+        backends.choose("step_", step.params[0], len(step.ws[0]), step.sigma).step_(step)
+
+
+def take(step: Step) -> None:
     """``separable_step_`` of lists that are known to fit each other."""
-    args = (params, grads, lr, gains, ws, ss, cs, buffers, anchors, duals, dual_inits, grad_scale,
-            found_inf, status, *options)  # fmt: skip
-    if is_observed(params):
-        _step_(*args)
-    elif params:
-        module = backends.choose("step_", params[0], len(ws[0]), options[-1])
-        module.step_(*args)
-        torch.autograd.graph.increment_version((*params, *buffers, *duals, status))
+    if is_observed(step.params):
+        _step_(*step)
+    else:
+        _take(step)
+        torch.autograd.graph.increment_version(
+            (*step.params, *step.buffers, *step.duals, step.status)
+        )
 
 
 @torch.library.custom_op("mirror_opt::exceeds", mutates_args=())
@@ -129,7 +127,8 @@ def separable_step_(
 
     Args:
         params: float32, bfloat16, float16 or float64, of any shape; float64 on the CPU only.
-        grads: shaped as the parameters; float64 beside float64 parameters, else any dtype of less.
+        grads: shaped as the parameters; float64 beside float64 parameters, otherwise float32,
+            float16 or bfloat16.
         lr: a number or a tensor with one element.
         gains: shaped as the parameters, in the dtype of the coefficients; empty: 1.
         units: coefficients ``(K, C)`` for each parameter, which is seen as ``(C, n)``; float32, or
@@ -216,8 +215,8 @@ def separable_step_(
     if not isinstance(lr, Tensor):
         # Read there, wherever the parameters and whatever the default device are.
         lr = torch.tensor(lr, dtype=torch.float64, device="cpu")
-    step_lists(
-        params, grads, lr, gains, ws, ss, cs, buffers, anchors, duals, dual_inits,
-        grad_scale, found_inf, status, momentum, weight_decay, nesterov, maximize, primal, sigma,
-    )  # fmt: skip
+    take(Step(
+        params, grads, lr, gains, ws, ss, cs, buffers, anchors, duals, dual_inits, grad_scale,
+        found_inf, status, momentum, weight_decay, nesterov, maximize, primal, sigma,
+    ))  # fmt: skip
     return status

@@ -19,13 +19,14 @@ from torch.optim.sgd import sgd
 
 from mirror_opt import backends
 from mirror_opt.backends import cpp, plain
+from mirror_opt.backends.step import Step
 from mirror_opt.dtypes import at_least_float32
 from mirror_opt.errors import InputError
 from mirror_opt.maps import Euclidean, MirrorMap, SeparableNeural
 from mirror_opt.maps.separable import NeuralUnits, Separable
 from mirror_opt.newton import Status
 from mirror_opt.ops import exceeds
-from mirror_opt.ops.multi_tensor import is_observed, step_lists
+from mirror_opt.ops.multi_tensor import is_observed, take
 from mirror_opt.optim.options import Group, has_fused_step
 from mirror_opt.optim.plan import Lists
 from mirror_opt.optim.scalars import as_scalar, is_zero, reads_freely, usable_on
@@ -119,12 +120,11 @@ class SeparableStep(FusedStep):
         else:
             lr = torch.tensor(lr, dtype=torch.float64, device="cpu")  # whatever the default
         status = torch.zeros((), dtype=torch.int32, device=params[0].device)
-        step_lists(
-            params, grads, lr, gains, w, s, c, buffers, anchors, duals,
-            dual_inits, grad_scale, stop, status, group["momentum"],
-            group["weight_decay"], group["nesterov"], group["maximize"],
-            mirror_map.parametrization == "primal", "algebraic",
-        )  # fmt: skip
+        take(Step(
+            params, grads, lr, gains, w, s, c, buffers, anchors, duals, dual_inits, grad_scale,
+            stop, status, group["momentum"], group["weight_decay"], group["nesterov"],
+            group["maximize"], mirror_map.parametrization == "primal", "algebraic",
+        ))  # fmt: skip
         return Status(int(status)) if reads_freely(params) else None
 
 
