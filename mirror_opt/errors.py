@@ -1,4 +1,4 @@
-"""The exception for input that a person can mend, and what numbers are to it."""
+"""InputError, the exception for input that a person can mend, and the checks of numbers."""
 
 from numbers import Integral, Real
 from typing import Any, TypeGuard

@@ -66,10 +66,10 @@ def _cyclic_product(x: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
 
 
 def fused_mode(sizes: Sequence[int]) -> int | None:
-    """The mode whose product goes with the elementwise map, the shortest that has its price.
+    """The mode whose product is fused with the elementwise map.
 
-    The first or the last, of those with more than one entry: along these a tensor is a batch of
-    matrices. None if there is none with at most ``LARGEST_MODE`` entries.
+    The shorter of the first and the last, of those with more than one entry: along these a tensor
+    is a batch of matrices. None if there is none with at most ``LARGEST_MODE`` entries.
     """
     longer = [mode for mode, n in enumerate(sizes) if n > 1]
     if not longer:

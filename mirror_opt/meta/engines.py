@@ -11,6 +11,7 @@ result is silently wrong (PyTorch, at least to 2.13).
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,10 +24,10 @@ from torch.utils import _pytree as pytree
 
 from mirror_opt.errors import InputError
 from mirror_opt.maps.base import MirrorMap
-from mirror_opt.meta.inner import InnerLoop, over_tasks
+from mirror_opt.meta.inner import InnerLoop, NotBatchableError, over_tasks
 from mirror_opt.newton import NewtonError
 
-__all__ = ["ENGINES", "check_tasks", "choose_engine", "map_tasks", "mean_loss", "rewinder"]
+__all__ = ["ENGINES", "Automatic", "check_tasks", "choose_engine", "map_tasks", "mean_loss"]
 
 ENGINES = ("loop", "vmap")
 
@@ -77,6 +78,43 @@ def _not_batchable(module: nn.Module) -> str | None:
     return None
 
 
+class Automatic:
+    """Takes the best engine, and the tasks in turn from where torch turns out not to batch them."""
+
+    def __init__(self) -> None:
+        self._in_turn: set[str] = set()  # what torch cannot batch
+
+    def run(self, what: str, function: Callable[[str], Any], engine: str, inner: InnerLoop) -> Any:
+        """``function(engine)`` with the engine that a learner asks for.
+
+        Args:
+            what: names the function, in a warning and in what is remembered.
+            engine: as the learner takes it.
+
+        Raises:
+            InputError: the engine cannot serve the model or the map.
+        """
+        best = choose_engine(engine, inner.model, inner.mirror_map)
+        if engine != "auto" or best == "loop":
+            return function(best)
+        if what in self._in_turn:
+            return function("loop")
+        rewind = _rewinder(inner.rates.device)
+        try:
+            return function(best)
+        except torch.OutOfMemoryError:
+            raise
+        except (NotBatchableError, RuntimeError) as error:
+            # Not all that torch cannot batch is told in words of its own; if it is no matter of
+            # batching, the tasks in turn raise it again.
+            reason = str(error).partition("\n")[0]
+        rewind()  # as if it had not been tried
+        result = function("loop")
+        self._in_turn.add(what)
+        warnings.warn(f"{what} takes the tasks in turn: {reason}", stacklevel=3)
+        return result
+
+
 def map_tasks(engine: str, function: TaskFn, inner: InnerLoop, tasks: Sequence[Tensor]) -> Any:
     """``function(inner, *task)`` for every task, its tensors stacked along a new first dimension.
 
@@ -89,7 +127,7 @@ def map_tasks(engine: str, function: TaskFn, inner: InnerLoop, tasks: Sequence[T
     """
     check_tasks(tasks)
     if engine == "vmap":
-        within, rewind = replace(inner, differentiation="func"), rewinder(inner.rates.device)
+        within, rewind = replace(inner, differentiation="func"), _rewinder(inner.rates.device)
         try:
             return over_tasks(lambda *task: function(within, *task))(*tasks)
         except NewtonError:
@@ -117,7 +155,7 @@ def mean_loss(
     return run(function, inner, tasks, skip)
 
 
-def rewinder(device: torch.device) -> Callable[[], None]:
+def _rewinder(device: torch.device) -> Callable[[], None]:
     """What takes torch's generators, of the CPU and of a device, back to where they are now."""
     generators = [torch.default_generator]
     if device.type != "cpu":

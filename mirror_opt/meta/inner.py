@@ -37,7 +37,7 @@ class _WeightNormByHand(TorchFunctionMode):
 
     @staticmethod
     def where_needed(model: nn.Module) -> contextlib.AbstractContextManager:
-        """It, for a model that has any."""
+        """The mode where the model uses weight norm."""
         if torch.compiler.is_compiling() or not any(map(_has_weight_norm, model.modules())):
             return contextlib.nullcontext()
         return _WeightNormByHand()

@@ -1,9 +1,7 @@
 """MetaLearner: learns where to start, in which geometry to move, and how fast."""
 
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -15,8 +13,9 @@ from mirror_opt.errors import InputError, is_integer, is_number
 from mirror_opt.maps.base import MirrorMap
 from mirror_opt.maps.classical import Euclidean
 from mirror_opt.meta.adapted import Adapted, AdaptedBatch, Evaluation, raise_nonfinite
-from mirror_opt.meta.engines import check_tasks, choose_engine, map_tasks, mean_loss, rewinder
-from mirror_opt.meta.inner import InnerLoop, LossFn, NotBatchableError
+from mirror_opt.meta.engines import Automatic, check_tasks, choose_engine, map_tasks, mean_loss
+from mirror_opt.meta.inner import InnerLoop, LossFn
+from mirror_opt.meta.parameters import adapted_parameters
 from mirror_opt.meta.stability import guarded_run
 
 __all__ = ["MetaLearner"]
@@ -99,45 +98,22 @@ class MetaLearner(nn.Module):
         if nonfinite not in ("raise", "skip"):
             raise InputError(f"Invalid {nonfinite=}: pass 'raise' or 'skip'")
         mirror_map = Euclidean() if mirror_map is None else mirror_map
-        choose_engine(engine, model, mirror_map)
-        adapted = self.adapted_parameters(model, adapt)
+        adapted = adapted_parameters(model, adapt)
         mirror_map.check(list(adapted.values()))
+        choose_engine(engine, model, mirror_map)
         self.model, self.mirror_map = model, mirror_map
         self.names = tuple(adapted)
         self.horizon, self.steps = horizon, horizon[1]
         self.first_order, self.guard = first_order, guard
         self.engine, self.nonfinite = engine, nonfinite
-        self._in_turn: set[str] = set()  # the methods for which torch cannot batch the tasks
+        self._automatic = Automatic()
         like = next(iter(adapted.values()))
         # One rate a step, so that the logs cost nothing and the rates stay positive.
         log_lr = torch.full((self.steps,), lr, dtype=torch.float64).log()
         log_lr = log_lr.to(at_least_float32(like.dtype)).to(like.device)
         self.log_lr = nn.Parameter(log_lr, requires_grad=learn_lr)
 
-    @staticmethod
-    def adapted_parameters(
-        model: nn.Module, adapt: Iterable[str] | None = None
-    ) -> dict[str, nn.Parameter]:
-        """The parameters of the model whose names match one of the patterns, in order.
-
-        Args:
-            model: the network; of its parameters those that require gradients.
-            adapt: patterns (``fnmatch``), or one; all parameters when None.
-
-        Raises:
-            InputError: there is no such parameter, or none for one of the patterns.
-        """
-        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        patterns = ["*"] if adapt is None else [adapt] if isinstance(adapt, str) else list(adapt)
-        matches = [{name for name in named if fnmatchcase(name, pattern)} for pattern in patterns]
-        for pattern, found in zip(patterns or [""], matches or [set()], strict=True):
-            if not found:
-                raise InputError(
-                    f"no trainable parameter of {type(model).__name__} matches {pattern!r} of "
-                    f"{adapt=}: pass patterns for names such as "
-                    f"{', '.join(list(named)[:3]) or '(none)'}"
-                )
-        return {name: p for name, p in named.items() if any(name in found for found in matches)}
+    adapted_parameters = staticmethod(adapted_parameters)
 
     def inner_loop(self) -> InnerLoop:
         """The inner loop at the present meta-parameters: shared by all tasks of a meta-batch.
@@ -244,7 +220,9 @@ class MetaLearner(nn.Module):
                 return engine, task(replace(inner, differentiation="batched"), x, y)
             return engine, map_tasks(engine, task, inner, (x, y))
 
-        engine, (params, losses, accepted) = self._with_engine("adapt_batch", run)
+        engine, (params, losses, accepted) = self._automatic.run(
+            "adapt_batch", run, self.engine, inner
+        )
         if self.nonfinite == "raise":
             raise_nonfinite(losses.detach())
         named = dict(zip(self.names, params, strict=True))
@@ -288,8 +266,11 @@ class MetaLearner(nn.Module):
         tasks = (support_x, support_y, query_x, query_y)
         skip = self.nonfinite == "skip"
         inner = self.inner_loop()
-        loss, query, support = self._with_engine(
-            "meta_loss", lambda engine: mean_loss(engine, task, inner, tasks, skip)
+        loss, query, support = self._automatic.run(
+            "meta_loss",
+            lambda engine: mean_loss(engine, task, inner, tasks, skip),
+            self.engine,
+            inner,
         )
         if not skip or not bool(torch.isfinite(loss)):
             raise_nonfinite(support, query)
@@ -343,8 +324,8 @@ class MetaLearner(nn.Module):
             return metrics, collect("loss"), collect("slope"), collect("accepted")
 
         tasks, inner = (support_x, support_y, query_x, query_y), self.inner_loop()
-        metrics, *trails = self._with_engine(
-            "evaluate", lambda engine: map_tasks(engine, task, inner, tasks)
+        metrics, *trails = self._automatic.run(
+            "evaluate", lambda engine: map_tasks(engine, task, inner, tasks), self.engine, inner
         )
         empty = query_x.new_zeros(query_x.shape[0], 0)
         losses, slopes, accepted = (t if isinstance(t, Tensor) else None for t in trails)
@@ -354,28 +335,6 @@ class MetaLearner(nn.Module):
             empty if slopes is None else slopes,
             accepted,
         )
-
-    def _with_engine(self, method: str, run: Callable[[str], Any]) -> Any:
-        """``run(engine)``, where ``"auto"`` takes the tasks in turn if torch cannot batch them."""
-        engine = choose_engine(self.engine, self.model, self.mirror_map)
-        if self.engine != "auto" or engine == "loop":
-            return run(engine)
-        if method in self._in_turn:
-            return run("loop")
-        rewind = rewinder(self.log_lr.device)
-        try:
-            return run(engine)
-        except torch.OutOfMemoryError:
-            raise
-        except (NotBatchableError, RuntimeError) as error:
-            # Not all that torch cannot batch is told in words of its own; if it is no matter of
-            # batching, the tasks in turn raise it again.
-            reason = str(error).partition("\n")[0]
-        rewind()  # as if it had not been tried
-        result = run("loop")
-        self._in_turn.add(method)
-        warnings.warn(f"{method} takes the tasks in turn: {reason}", stacklevel=3)
-        return result
 
     def calibrate(self, loss_fn: LossFn, support_x: Tensor, support_y: Tensor) -> None:
         """Sets the scale of the map to the first Euclidean step, -alpha g, on a batch of tasks.

@@ -9,6 +9,7 @@ from torch import nn
 from mirror_opt import maps
 from mirror_opt.errors import InputError
 from mirror_opt.meta.learner import MetaLearner
+from mirror_opt.meta.parameters import adapted_parameters, last_layer
 
 __all__ = ["METHODS", "Method", "MethodDefaults", "build", "defaults"]
 
@@ -50,23 +51,6 @@ class MethodDefaults:
     init_lr: float
     map_lr: float
     rate_lr: float = 1e-2
-
-
-def _head(model: nn.Module) -> list[str]:
-    """Patterns for the parameters of the last module that has any."""
-    every = model.named_parameters(remove_duplicate=False)
-    names = [name for name, p in every if p.requires_grad]
-    if not names:
-        return ["*"]  # which MetaLearner refuses with what it needs
-    prefix = names[-1].rpartition(".")[0]
-    head = [name for name in names if name.rpartition(".")[0] == prefix]
-    own = {name for name, _ in model.named_parameters()}
-    if shared := [name for name in head if name not in own]:
-        raise InputError(
-            f"the last layer {prefix!r} of the model shares {', '.join(shared)} with another: ANIL "
-            "would adapt both; use method 'maml', or a layer with parameters of its own"
-        )
-    return head
 
 
 def build(
@@ -111,10 +95,10 @@ def build(
     if spec.head_only:
         if adapt is not None:
             raise InputError(f"method {method!r} adapts the last layer: leave adapt out")
-        adapt = _head(model)
+        adapt = last_layer(model)
     elif adapt is not None and not isinstance(adapt, str):
         adapt = list(adapt)  # it is gone through twice
-    params = list(MetaLearner.adapted_parameters(model, adapt).values())
+    params = list(adapted_parameters(model, adapt).values())
     name = spec.map_name or map_name or "kronecker"
     mirror_map = maps.create(name, params, **(map_options or {}))
     return MetaLearner(model, mirror_map, adapt=adapt, **{**spec.options, **options})
