@@ -39,6 +39,7 @@ class Study:
     setting: dict[str, Any]
     init_lrs: tuple[float, ...]
     map_lrs: tuple[float, ...]
+    alone: tuple[float, ...] = ()  # rates of the init where there are none of a map; else init_lrs
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     search: dict[str, Any] = field(default_factory=dict)  # what differs while searching
     beside: str | None = None  # a study of the same tasks that this one's results are held against
@@ -124,6 +125,7 @@ STUDIES = {
         "Omniglot",
         {**_OMNIGLOT, "iterations": 300, "train_steps": 5},
         init_lrs=(3e-3,),
+        alone=(1e-3, 3e-3, 1e-2),
         map_lrs=(1e-3, 3e-3, 1e-2, 3e-2),
         search=_VALIDATION,
     ),
@@ -131,6 +133,7 @@ STUDIES = {
         "Omniglot",
         {**_OMNIGLOT, "iterations": 300, "train_steps": "1-5"},
         init_lrs=(3e-3,),
+        alone=(1e-3, 3e-3, 1e-2),
         map_lrs=(1e-3, 3e-3, 1e-2, 3e-2),
         search=_VALIDATION,
         beside="omniglot-5",
@@ -139,6 +142,7 @@ STUDIES = {
         "Glyphs",
         {**_OMNIGLOT, "task": "glyphs", "iterations": 250, "train_steps": 1},
         init_lrs=(3e-3,),
+        alone=(1e-3, 3e-3, 1e-2),
         map_lrs=(3e-3, 1e-2, 3e-2),
         search={"test_tasks": 200, "adapt_steps": (1, 5)},
     ),
@@ -156,9 +160,9 @@ STUDIES = {
 def grid(name: str, variant: str) -> list[Rates]:
     """The pairs of rates that a study searches for a variant."""
     study = STUDIES[name]
-    # Without parameters of a map there is one rate to search.
-    map_lrs = study.map_lrs if variant != "maml" else study.map_lrs[:1]
-    return list(itertools.product(study.init_lrs, map_lrs))
+    if variant == "maml":
+        return [(init_lr, study.map_lrs[0]) for init_lr in study.alone or study.init_lrs]
+    return list(itertools.product(study.init_lrs, study.map_lrs))
 
 
 def choices(name: str, stage: str, variant: str) -> tuple[list[Rates], tuple[int, ...]]:
