@@ -1,11 +1,11 @@
 """Who has written to parameters beside a dual state: their optimizer, or others since."""
 
-from typing import Any, NamedTuple
+import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from mirror_opt.maps import MirrorMap
 from mirror_opt.optim.options import Group, keeps_dual
@@ -23,7 +23,7 @@ class Written:
     """
 
     def __init__(self, doubtful: bool = False) -> None:
-        self._left = WeakTensorKeyDictionary()  # of parameters, a _Record each
+        self._left: dict[int, _Record] = {}  # of parameters, by their id
         self._doubtful = doubtful
 
     def changed(self, group: Group) -> tuple[set[Tensor], set[Tensor]]:
@@ -35,10 +35,11 @@ class Written:
         doubtful: set[Tensor] = set()
         if keeps_dual(group):
             for p in group["params"]:
-                then = self._left.get(p)
+                then = self._of(p)
                 if then is None:
                     doubtful |= {p} if self._doubtful else set()
                 elif then.mirror_map is not group["mirror_map"] or not then.is_of(p):
+                    then.writes = None  # until a step has been taken from what is there now
                     changed.add(p)
                 elif not then.writes:
                     doubtful.add(p)
@@ -46,20 +47,34 @@ class Written:
 
     def record(self, lists: Lists) -> None:
         """Keeps what a step has left of the parameters that it has stepped."""
-        if lists.duals:
-            for slot in lists.slots:
-                p = lists.group["params"][slot]
-                self._left[p] = _record(p, lists.group["mirror_map"])
+        if not lists.duals:
+            return
+        for slot in lists.slots:
+            p = lists.group["params"][slot]
+            then = self._of(p)
+            if then is not None and then.writes is not None and then.dtype == p.dtype:
+                then.writes = _writes(p)
+            else:
+                alive = {k: v for k, v in self._left.items() if v.param() is not None}
+                self._left = alive | {id(p): _Record(p, lists.group["mirror_map"])}
+
+    def _of(self, p: Tensor) -> "_Record | None":
+        record = self._left.get(id(p))
+        return record if record is not None and record.param() is p else None
 
 
-class _Record(NamedTuple):
+class _Record:
     """What tells that others have written to a parameter, or given it other memory."""
 
-    mirror_map: MirrorMap
-    writes: tuple[int, ...]  # in place that torch knows of: to the whole, to its shard
-    memory: StorageWeakRef  # by which no other memory can pass for it, at the same address
-    offset: Any  # an integer
-    dtype: torch.dtype
+    def __init__(self, p: Any, mirror_map: MirrorMap):
+        shard = local(p)
+        self.param = weakref.ref(p)
+        self.mirror_map = mirror_map
+        self.dtype: torch.dtype = p.dtype
+        # While it is referred to, no other memory can pass for it, whatever its address.
+        self.memory = StorageWeakRef(shard.untyped_storage())
+        self.offset = shard.storage_offset()
+        self.writes = _writes(p)
 
     def is_of(self, p: Any) -> bool:
         """Whether nobody has written since; a conversion to another dtype is no write."""
@@ -70,12 +85,7 @@ class _Record(NamedTuple):
         return (same and shard.storage_offset() == self.offset) or p.dtype != self.dtype
 
 
-def _writes(p: Any) -> tuple[int, ...]:
+def _writes(p: Any) -> tuple[int, ...] | None:
+    """The writes in place that torch has counted, to the whole and to its shard."""
     # Of an inference tensor there is no count.
     return () if p.is_inference() else (p._version, local(p)._version)
-
-
-def _record(p: Any, mirror_map: MirrorMap) -> _Record:
-    shard = local(p)
-    memory = StorageWeakRef(shard.untyped_storage())
-    return _Record(mirror_map, _writes(p), memory, shard.storage_offset(), p.dtype)
