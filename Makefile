@@ -4,7 +4,9 @@ PYTHON ?= python3
 BIN     = $(VENV)/bin
 
 PAGES   = mirror_opt mirror_opt.optim mirror_opt.ops mirror_opt.backends mirror_opt.fewshot \
-          mirror_opt.runs mirror_opt.newton mirror_opt.reference mirror_opt.kernels
+          mirror_opt.meta.engines mirror_opt.meta.stability mirror_opt.maps.base \
+          mirror_opt.maps.separable mirror_opt.runs mirror_opt.runs.recovery mirror_opt.newton \
+          mirror_opt.newton_cg mirror_opt.reference mirror_opt.kernels
 
 .PHONY: all install test lint docs demo clean
 

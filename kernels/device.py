@@ -13,7 +13,7 @@ unit whose slope is within a factor 1e14 of the steepest has long saturated, ins
 unit.
 
 **Inverse.** The certificates below replace the evaluation that would confirm a result. With
-\|psi''\| <= 2 M2 and \|psi'''\| <= 6 M3 for all u, F = psi(x) - t and d = F / psi'(x), Taylor's
+``|psi''| <= 2 M2`` and ``|psi'''| <= 6 M3`` for all u, F = psi(x) - t and d = F / psi'(x), Taylor's
 theorem bounds the residual
 
     of y = x - d                                          by  M2 d^2

@@ -1,6 +1,8 @@
 """Mirror descent with classical and learned mirror maps, and meta-learning of those maps."""
 
+from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 
 from mirror_opt import maps, meta
 from mirror_opt.backends import use_backend
@@ -19,3 +21,11 @@ __all__ = [
 ]
 
 __version__ = version("mirror_opt")
+
+
+def __getattr__(name: str) -> ModuleType:
+    # What is for few-shot tasks and the command line brings libraries of its own: when it is asked
+    # for.
+    if name in ("fewshot", "runs"):
+        return import_module(f"mirror_opt.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -111,7 +111,7 @@ def solve_convex(
 ) -> Solution:
     r"""Solves f(y) = target for the gradient f, f(0) = 0, of a strongly convex ``potential``.
 
-    Damped Newton on the convex function potential(y) - <target, y>: each direction solves
+    Damped Newton on the convex function ``potential(y) - <target, y>``: each direction solves
     J(y) d = target - f(y) by conjugate gradients on the symmetric positive definite Jacobian,
     matrix-free, and is halved until the function falls (Armijo, constant 1e-4) or the residual
     does.

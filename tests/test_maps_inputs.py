@@ -54,6 +54,9 @@ HALVES = (torch.bfloat16, torch.float16)
             for s, m in (((3, 4), r"shape \(3, 4\)"), ((1, 3), r"built for \(4, 3\)"))
         ),
         (lambda: maps.Euclidean().bregman([torch.zeros(3)], [torch.zeros(1)]), "of one shape"),
+        (lambda: maps.NegativeEntropy().inverse(torch.zeros(3)), "got one tensor: pass a sequ"),
+        (lambda: maps.PNorm()(torch.zeros(3)), "got one tensor: pass a sequence"),
+        (lambda: maps.PNorm().potential(torch.zeros(3)), "got one tensor: pass a sequence"),
         (lambda: maps.Euclidean().bregman([None], [torch.zeros(1)]), "None in both"),
         (lambda: maps.Euclidean().bregman([torch.zeros(1)], []), "for 1 tensors and got 0"),
         (lambda: maps.NegativeEntropy().check([torch.ones(2)]), "sum to 1"),

@@ -5,7 +5,7 @@
 The graphs that the first tasks take serve all tasks, steps and meta-iterations.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mirror_opt import maps, meta
-from mirror_opt.fewshot import make_task
+from mirror_opt.fewshot import Episodes, make_task
 from mirror_opt.meta.inner import InnerLoop
 
 
@@ -29,7 +29,7 @@ def inner_step(inner: InnerLoop, params, zeta, rate: Tensor, x: Tensor, y: Tenso
     return inner.primal(zeta, None), zeta  # of an anchored map
 
 
-def meta_loss(learner: meta.MetaLearner, step: Callable, batch: Sequence[Tensor]) -> Tensor:
+def meta_loss(learner: meta.MetaLearner, step: Callable, batch: Episodes) -> Tensor:
     """The mean query loss of a batch of tasks after the learner's number of steps."""
     support_x, support_y, query_x, query_y = batch
     inner = replace(learner.inner_loop(), differentiation="batched")

@@ -6,9 +6,14 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["MAX_UNITS", "load"]
+__all__ = ["FROM_SOURCES", "MAX_UNITS", "load"]
 
 MAX_UNITS = 64  # kMaxUnits
+
+FROM_SOURCES = (
+    "mirror_opt is imported from its sources, where nothing is built: start Python in another "
+    "folder, or install with pip install -e"
+)
 
 _FOLDER = Path(__file__).parents[1] / "lib"
 
@@ -18,6 +23,8 @@ def load(name: str) -> str | None:
     """Loads ``libmirror_opt_<name>.so``; returns why that was not possible, None if it was."""
     path = _FOLDER / f"libmirror_opt_{name}.so"
     if not path.exists():
+        if not _FOLDER.exists() and (_FOLDER.parents[1] / "csrc").exists():
+            return FROM_SOURCES
         return _build_report().get(name, "it was not built: install with a C++ compiler at hand")
     try:
         torch.ops.load_library(path)

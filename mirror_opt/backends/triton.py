@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mirror_opt.backends.layout import Rows, contiguous, unserved
+from mirror_opt.backends.library import FROM_SOURCES
 from mirror_opt.backends.plain import exceeds
 from mirror_opt.backends.step import Step
 
@@ -34,6 +35,8 @@ def unavailable() -> str | None:
     """Why Triton cannot be used; None if it can."""
     if find_spec("triton") is None:
         return "triton is not installed"
+    if find_spec("mirror_opt.kernels") is None:
+        return FROM_SOURCES
     if not torch.cuda.is_available() and not _interpreted():
         return "there is no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
     return None

@@ -39,7 +39,7 @@ class _Batch(NamedTuple):
 
 
 def dot(xs: Tensors, ys: Tensors) -> Tensor:
-    """<x, y> summed over the tensors of two sequences; pairs with a None count nothing.
+    """The inner product of two sequences of tensors; pairs with a None count nothing.
 
     In float32 for tensors of half precision, whose products leave their range.
     """
@@ -48,7 +48,13 @@ def dot(xs: Tensors, ys: Tensors) -> Tensor:
     return torch.stack(terms).sum() if terms else torch.zeros(())
 
 
+def _check_is_sequence(xs: Tensors) -> None:
+    if isinstance(xs, Tensor):  # whose rows would be taken for tensors
+        raise InputError("a map got one tensor: pass a sequence, such as [weight]")
+
+
 def _at_least_float32(xs: Tensors) -> Tensors:
+    _check_is_sequence(xs)
     return [None if x is None else x.to(at_least_float32(x.dtype)) for x in xs]
 
 
@@ -128,7 +134,7 @@ class MirrorMap(nn.Module):
 
     # The interface.
 
-    def forward(self, xs: Tensors, coefficients: Sequence[Any] | None = None) -> tuple:
+    def forward(self, xs: Tensors, coefficients: Sequence[Any] | None = None) -> tuple[Any, ...]:
         """The mirror map z = grad h(x): a tuple of tensors shaped as ``xs``.
 
         Args:
@@ -142,7 +148,7 @@ class MirrorMap(nn.Module):
         """
         return self._each(self._gradient, xs, coefficients)
 
-    def inverse(self, zs: Tensors, coefficients: Sequence[Any] | None = None) -> tuple:
+    def inverse(self, zs: Tensors, coefficients: Sequence[Any] | None = None) -> tuple[Any, ...]:
         """The inverse mirror map x = grad h*(z): a tuple of tensors shaped as ``zs``.
 
         Args:
@@ -164,8 +170,11 @@ class MirrorMap(nn.Module):
         return self._total(self._conjugate, zs)
 
     def bregman(self, xs: Tensors, ys: Tensors) -> Tensor:
-        """D_h(x, y) = h(x) - h(y) - <grad h(y), x - y> >= 0, as ``potential``; raises as
-        ``forward``."""
+        """``D_h(x, y) = h(x) - h(y) - <grad h(y), x - y> >= 0``, as ``potential``.
+
+        Raises:
+            InputError: as ``forward``, or the points are not of one shape.
+        """
         self._check_count(ys, len(xs))
         for i, shapes in enumerate(zip(map(_shape, xs), map(_shape, ys), strict=True)):
             if shapes[0] != shapes[1]:
@@ -246,10 +255,11 @@ class MirrorMap(nn.Module):
     def _batches(self, xs: Tensors, coefficients: Sequence[Any] | None) -> list[_Batch]:
         """The tensors that are there, with what belongs to them: here one at a time."""
         coefficients = self.coefficients() if coefficients is None else coefficients
+        _check_is_sequence(xs)
         if coefficients is None:
             coefficients = [None] * len(xs)
-        xs = self._widened(xs)
         self._check_count(xs, len(coefficients))
+        xs = self._widened(xs)
         pairs = zip(xs, coefficients, strict=True)
         return [_Batch([i], x, c) for i, (x, c) in enumerate(pairs) if x is not None]
 
@@ -292,7 +302,7 @@ class OwningMap(MirrorMap):
 
     owns_tensors = True
 
-    def __init__(self, params: Sequence[Tensor]):
+    def __init__(self, params: Iterable[Tensor]):
         super().__init__()
         params = self._listed(params)
         if not params:

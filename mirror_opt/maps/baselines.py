@@ -1,7 +1,7 @@
 """Transforms of the gradient that are no mirror maps, kept as baselines."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class MetaCurvature(OwningMap):
     anchored = True
     forward_is_closed = False
 
-    def __init__(self, params: Sequence[Tensor]):
+    def __init__(self, params: Iterable[Tensor]):
         params = self._listed(params)
         super().__init__(params)
         self.modes = [mode_sizes(p.shape) for p in params]

@@ -1,7 +1,7 @@
 """Mirror maps with closed forms: the geometries of the literature."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -18,7 +18,7 @@ __all__ = ["Diagonal", "Euclidean", "Hypentropy", "NegativeEntropy", "PNorm"]
 
 @register("euclidean", "h = |x|^2 / 2: gradient descent; MAML when the init is learned")
 class Euclidean(MirrorMap):
-    r"""h(x) = \|x\|^2 / 2, grad h the identity: gradient descent (Nemirovski and Yudin 1983).
+    """``h(x) = |x|^2 / 2``, grad h the identity: gradient descent (Nemirovski and Yudin 1983).
 
     mu = ell = 1.
     """
@@ -58,7 +58,7 @@ class Diagonal(OwningMap):
     anchored = True
     entrywise = True
 
-    def __init__(self, params: Sequence[Tensor]):
+    def __init__(self, params: Iterable[Tensor]):
         params = self._listed(params)
         super().__init__(params)
         self.log_d = nn.ParameterList(

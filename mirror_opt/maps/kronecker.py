@@ -1,6 +1,6 @@
 """KroneckerNeural: separable maps in learned rotated coordinates, summed. The default map."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -185,7 +185,7 @@ class KroneckerNeural(NeuralMap):
 
     def __init__(
         self,
-        params: Sequence[Tensor],
+        params: Iterable[Tensor],
         *,
         units: int = 4,
         terms: int = 1,

@@ -1,8 +1,8 @@
 """The maps by name: what ``create``, the command line and the tests go through."""
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -14,7 +14,10 @@ __all__ = ["REGISTRY", "create", "register"]
 REGISTRY: dict[str, type[MirrorMap]] = {}
 
 
-def register(name: str, summary: str) -> Callable[[type[MirrorMap]], type[MirrorMap]]:
+_Map = TypeVar("_Map", bound=MirrorMap)
+
+
+def register(name: str, summary: str) -> Callable[[type[_Map]], type[_Map]]:
     """Class decorator: makes a map known to ``create``, the command line and the tests.
 
     Args:
@@ -39,7 +42,7 @@ def register(name: str, summary: str) -> Callable[[type[MirrorMap]], type[Mirror
         >>> del REGISTRY["half"]
     """
 
-    def add(cls: type[MirrorMap]) -> type[MirrorMap]:
+    def add(cls: type[_Map]) -> type[_Map]:
         cls.name, cls.summary = name, summary
         REGISTRY[name] = cls
         return cls
@@ -47,7 +50,7 @@ def register(name: str, summary: str) -> Callable[[type[MirrorMap]], type[Mirror
     return add
 
 
-def create(name: str, params: Sequence[Tensor], **options: Any) -> MirrorMap:
+def create(name: str, params: Iterable[Tensor], **options: Any) -> MirrorMap:
     """A registered map for these parameters.
 
     Raises:

@@ -1,6 +1,6 @@
 """SeparableNeural: a learned increasing function of each coordinate."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -65,7 +65,7 @@ class NeuralUnits(nn.Module):
         S(u) = e^(pace gain + a) unit [v + sum_k w_k (sigma(s_k (v - c_k)) - sigma(-s_k c_k))],
         s_k = e^(log_s_k),   w_k = (rho / K) tanh(p_k) / s_k.
 
-    So \|w_k s_k\| < rho / K, and the slope stays within (1 - rho, 1 + rho) times the gain,
+    So ``|w_k s_k| < rho / K``, and the slope stays within (1 - rho, 1 + rho) times the gain,
     e^(pace gain + a), whatever is learned. gain, a and p start at 0, which makes S the identity.
 
     Args:
@@ -250,7 +250,7 @@ class SeparableNeural(NeuralMap):
 
     def __init__(
         self,
-        params: Sequence[Tensor],
+        params: Iterable[Tensor],
         *,
         units: int = 4,
         parametrization: str = "dual",

@@ -78,8 +78,8 @@ class Evaluation:
     Attributes:
         metrics: ``{adaptation steps: (T,) metric on the query sets}``.
         losses: ``(T, steps)`` support loss before each step.
-        slopes: ``(T, steps)`` first-order change <g, phi_new - phi> of the support loss; positive
-            where the step went uphill.
+        slopes: ``(T, steps)`` first-order change ``<g, phi_new - phi>`` of the support loss;
+            positive where the step went uphill.
         accepted: ``(T, steps)`` whether each step was taken, with a guard; None without.
     """
 

@@ -93,7 +93,7 @@ class Step(NamedTuple):
         params: the adapted parameters after the step.
         loss: support loss before the step, 0-dim (for a batch of tasks, this and all that follow
             are ``(T,)``).
-        slope: <g, phi_new - phi>, 0-dim: the first-order change of the loss, positive when the
+        slope: ``<g, phi_new - phi>``, 0-dim: the first-order change of the loss, positive when the
             step went uphill; None unless asked for.
         accepted: whether the step was taken, 0-dim bool; None without a guard.
     """

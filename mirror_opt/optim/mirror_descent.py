@@ -1,7 +1,7 @@
 """MirrorDescent: the optimizer around the update, with its state and its checkpoints."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from mirror_opt.optim.written import Written
 from mirror_opt.untraced import untraced
 
 __all__ = ["MirrorDescent"]
+
+_Loss = TypeVar("_Loss")
 
 
 class MirrorDescent(Optimizer):
@@ -179,6 +181,12 @@ class MirrorDescent(Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], _Loss]) -> _Loss: ...
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one step.
