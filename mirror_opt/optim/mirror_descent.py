@@ -50,12 +50,12 @@ class MirrorDescent(Optimizer):
     **Anchor.** An anchored map acts on the displacement phi - phi_0 from an anchor phi_0, which is
     zero or the parameters as the first step finds them, kept in the state and saved.
 
-    **Dual state.** Stateless, z is computed from phi in every step. With a dual state the
+    **Dual state.** Without one, z is computed from phi in every step. With a dual state the
     displacement zeta = z - z_0 is kept in at least float32: no rounding builds up, grad h is not
     evaluated, and zeta is the master copy of float16 and bfloat16 parameters. Weight decay acts on
     phi, so that z is then recomputed in every step from the decayed, unrounded grad h*(z).
-    Parameters that were written to since (weights clipped, masked or loaded), or a map that is
-    another, are seen, and z taken from them anew. Not seen are writes that torch does not count
+    If parameters were changed since the last step (clipped, masked, loaded), or the map was
+    replaced, this is noticed and z computed anew. Not noticed are writes that torch does not count
     (into ``p.data``, and those of its own optimizers with ``fused=True``), a map whose own tensors
     have changed, and anything between compiled steps: there, delete ``optimizer.state[p]["dual"]``.
 
@@ -79,9 +79,10 @@ class MirrorDescent(Optimizer):
     are kept until its tensors are written to; a write that torch does not count is not seen.
 
     **CUDA graphs.** A step can be captured after one that was not, which creates the state, with
-    ``nonfinite="skip"`` or ``"propagate"``, where nothing is solved outside a kernel. What is to
-    change between replays is a tensor on the device, ``lr`` too. For ``maps.SeparableNeural`` the
-    graph holds the coefficients of the map: capture again when the map has changed.
+    ``nonfinite="skip"`` or ``"propagate"``, where nothing is solved outside a kernel. Anything that
+    changes between replays, ``lr`` too, must be a tensor on the device. For
+    ``maps.SeparableNeural`` the graph holds the coefficients of the map: capture again when the map
+    has changed.
 
     **Sharded.** DTensor parameters (FSDP2, tensor parallelism) step on their local shards, with
     DTensor state; a map gathers what it couples across a cut (``MirrorMap.coupled``). A step that
