@@ -61,13 +61,14 @@ class NewtonError(ArithmeticError):
         status: why, a ``mirror_opt.newton.Status``: ``MAX_ITERATIONS`` or ``NONFINITE``.
     """
 
-    def __init__(self, status: Status):
-        super().__init__(f"inverse of the mirror map, {status.name}: {status.message}")
-        self.status = status
+    def __init__(self, status: Status, after: str = ""):
+        message = f"inverse of the mirror map, {status.name}: {status.message}"
+        super().__init__(f"{message}; {after}" if after else message)
+        self.status, self._after = status, after
 
     def __reduce__(self) -> tuple:
         # An exception is copied and pickled by its message, which is not what makes this one.
-        return type(self), (self.status,)
+        return type(self), (self.status, self._after)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Gradients and results that are not finite never reach the parameters of MirrorDescent."""
 
+import pickle
+
 import pytest
 import torch
 from optim_cases import descend, learned, parameter, same, snapshot, start
@@ -117,6 +119,19 @@ def test_failed_solve_is_not_stored(policy):
         with pytest.raises(error, match="NaN or Inf"):
             optimizer.step()
     assert same(snapshot(optimizer), before)
+
+
+def test_a_solve_that_fails_says_where():
+    params = [parameter(1.0, 2.0), torch.tensor([3e30, 1.0]).requires_grad_()]
+    groups = [{"params": [p], "mirror_map": maps.PNorm(1.1, eps=0.1)} for p in params]
+    groups[1]["mirror_map"] = maps.PNorm(20.0, eps=0.1)
+    optimizer = MirrorDescent(groups, lr=0.1)
+    for p in params:
+        p.grad = torch.ones(2)
+    with pytest.raises(NewtonError, match="step of group 1 was not taken, and nothing was") as at:
+        optimizer.step()
+    again = pickle.loads(pickle.dumps(at.value))
+    assert (str(again), again.status) == (str(at.value), at.value.status)
 
 
 def test_overflow_of_the_momentum_is_refused():

@@ -24,6 +24,8 @@ from mirror_opt.optim.update import all_finite
 
 __all__ = ["take"]
 
+_Failure = tuple[Group, NewtonError]
+
 
 def take(
     optimizer: Optimizer, collect: Callable[[Group], Lists], states: States | None
@@ -55,7 +57,7 @@ def take(
         stop = None
 
     # A solve that fails in one process must not keep it from meeting the others: go on.
-    failures: list[NewtonError] = []
+    failures: list[_Failure] = []
     lists = [x for x in _each(collect, groups, failures) if x.params]
     simple = len(lists) == 1 and not (failures or shared or differentiable or stop is not None)
     if simple:
@@ -79,7 +81,7 @@ def take(
     planned = functools.partial(plan, grad_scale=grad_scale, differentiable=differentiable)
     plans = _each(planned, unfused, failures)
     if failures and policy == "propagate":
-        raise failures[0]
+        raise _failed_solve(groups, *failures[0])
     if (plans or failures or shared) and policy != "propagate":
         bad = (~all_finite([t for x in plans for t in x.outcome()])).float()
         bad = anywhere(torch.ones_like(bad) if failures else bad, shared)
@@ -127,14 +129,14 @@ def _could_fail(
     return anywhere(flag, shared)
 
 
-def _each(function: Callable[[Any], Any], xs: list, failures: list[NewtonError]) -> list:
-    """The function of each x; of those whose solve fails, the error in ``failures`` instead."""
+def _each(function: Callable[[Any], Any], xs: list, failures: list[_Failure]) -> list:
+    """The function of each group, or of what it reads; where a solve fails, a failure instead."""
     results = []
     for x in xs:
         try:
             results.append(function(x))
         except NewtonError as error:
-            failures.append(error)
+            failures.append((x.group if isinstance(x, Lists) else x, error))
     return results
 
 
@@ -146,16 +148,22 @@ def _check(status: Status | None) -> None:
 _ADVICE = "nothing was changed: lower lr, clip the gradients, or pass nonfinite='skip'"
 
 
-def _failure(
-    groups: list[Group], plans: list[Plan], failures: list[NewtonError]
-) -> ArithmeticError:
+def _failure(groups: list[Group], plans: list[Plan], failures: list[_Failure]) -> ArithmeticError:
     """The error of a step that may not be taken."""
     cause = _nonfinite_gradient(groups)
     if cause is None and failures:
-        return failures[0]
+        return _failed_solve(groups, *failures[0])
     error = FloatingPointError(cause or _nonfinite_result(groups, plans))
-    error.__cause__ = failures[0] if failures else None
+    error.__cause__ = failures[0][1] if failures else None
     return error
+
+
+def _failed_solve(groups: list[Group], group: Group, error: NewtonError) -> NewtonError:
+    at = next(i for i, other in enumerate(groups) if other is group)
+    where = f"the step of group {at}" if len(groups) > 1 else "the step"
+    named = NewtonError(error.status, f"{where} was not taken, and nothing was changed")
+    named.__cause__ = error
+    return named
 
 
 def _nonfinite_gradient(groups: list[Group]) -> str | None:
