@@ -14,7 +14,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import state_dict as states
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -163,6 +163,48 @@ def sharded_parameters_that_were_changed_are_taken_as_they_are(world, folder):
         close(plain, shards)
 
 
+@check
+def what_one_process_writes_is_agreed_on(world, folder):
+    for name in ("kronecker", "negative-entropy", "hypentropy"):
+        factor = 1.0 if name == "negative-entropy" else 0.5
+        plain, shards, one, other = pair(name, {}, mesh(world), [Shard(0)], dual_state=True)
+        step(0, plain, shards, one, other)
+        with torch.no_grad():
+            for p, q in zip(plain[:-1], shards[:-1], strict=True):
+                p[:1] *= factor
+                if dist.get_rank() == 0:
+                    q.to_local()[:1] *= factor
+        step(1, plain, shards, one, other)
+        close(plain, shards)
+
+
+@check
+def a_gradient_in_one_process_only_is_refused_in_all(world, folder):
+    plain, shards, one, other = pair("kronecker", {}, mesh(world), [Shard(0)])
+    step(0, plain, shards, one, other)
+    before = [x.clone() for x in whole(x.detach() for x in shards)]
+    if dist.get_rank() == 0:
+        shards[1].grad = None
+    with pytest.raises(InputError, match=r"parameter 1 .* has a gradient in some processes"):
+        other.step()
+    close(before, [x.detach() for x in shards])
+
+
+@check
+def processes_outside_of_the_mesh_have_nothing_to_do(world, folder):
+    device_mesh = init_device_mesh("cpu", (world,))  # all take part in making its groups
+    first = torch.distributed.device_mesh.DeviceMesh("cpu", [0])
+    assert device_mesh.size() == world
+    for name in ("hypentropy", "kronecker"):
+        (x,) = values(shapes=((4, 3),))
+        q = distribute_tensor(x, first, [Shard(0)]).requires_grad_()
+        optimizer = MirrorDescent([q], 0.1, learned(name, [x], {}))
+        q.grad = distribute_tensor(torch.ones_like(x), first, [Shard(0)])
+        optimizer.step()
+        if dist.get_rank() == 0:
+            assert not torch.equal(q.to_local(), x)
+
+
 # The trajectory is that of one process.
 
 
@@ -271,6 +313,55 @@ def fsdp_trains_as_one_process(world, folder):
 
 
 @check
+def mixed_precision_and_clipping_are_those_of_sgd(world, folder):
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    ends, drops, start = [], [], list(network().float().parameters())
+    for make in (
+        lambda params: torch.optim.SGD(params, 0.1, momentum=0.9),
+        lambda params: MirrorDescent(params, 0.1, momentum=0.9),
+        lambda params: MirrorDescent(params, 0.1, learned("kronecker", start, {})),
+    ):
+        model = network().float()
+        for layer in (model[0], model[2], model):  # nested, and uneven over the processes
+            fully_shard(layer, mesh=mesh(world), mp_policy=policy)
+        optimizer = make(list(model.parameters()))
+        losses = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = model(part(world).float()).square().mean()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            assert isinstance(norm, DTensor)
+            optimizer.step()
+            losses.append(loss.item())
+        ends.append([p.detach() for p in whole(model.parameters())])
+        drops.append(losses[-1] < losses[0])
+    assert all(map(torch.equal, ends[0], ends[1]))
+    assert all(drops)
+
+
+@check
+def replicas_of_shards_are_rounded_stochastically_alike(world, folder):
+    if world != 4:
+        return
+    model = nn.Linear(4, 8).bfloat16()
+    fully_shard(model, mesh=square(4))  # copies over the first dimension, shards over the second
+    optimizer = MirrorDescent(model.parameters(), 1e-3, rounding="stochastic")
+    torch.manual_seed(0)
+    torch.rand(dist.get_rank())  # as dropout on batches of unlike sizes does
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    for p in model.parameters():
+        shard, others = p.to_local().detach().float(), square(4)["data"].get_group()
+        largest, smallest = shard.clone(), shard.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, others)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN, others)
+        assert torch.equal(largest, smallest)
+
+
+@check
 def ddp_trains_as_one_process(world, folder):
     for name in ("hypentropy", "kronecker"):
         model = nn.parallel.DistributedDataParallel(network())
@@ -301,7 +392,7 @@ def tensor_parallel_trains_as_one_process(world, folder):
 def a_map_gathers_what_it_couples_and_no_more(world, folder):
     def gathers(name, options, placements, **settings):
         case = pair(name, options, mesh(world), placements, lr=0.05, nonfinite="propagate",
-                    fused=False, shapes=((4, 8), (8,)), **settings)  # fmt: skip
+                    shapes=((4, 8), (8,)), **settings)  # fmt: skip
         step(0, *case)
         give(1, *case[:2])
         with CommDebugMode() as counted:
@@ -309,14 +400,16 @@ def a_map_gathers_what_it_couples_and_no_more(world, folder):
         return counted.get_total_counts()
 
     for name in ("euclidean", "pnorm", "hypentropy", "diagonal", "separable"):
-        assert gathers(name, {}, [Shard(0)], momentum=0.9) == 0
+        for fused in (None, False):
+            assert gathers(name, {}, [Shard(0)], momentum=0.9, fused=fused) == 0
     assert gathers("negative-entropy", {"simplex": False}, [Shard(1)]) == 0
-    # On the simplex the matrix is cut between its rows, or across them, and the vector, one row, is
-    # cut or whole: one of the two is gathered, on its way from its dual state.
-    assert gathers("negative-entropy", {}, [Shard(0)], dual_state=True) == 1
-    assert gathers("negative-entropy", {}, [Shard(1)], dual_state=True) == 1
-    assert gathers("negative-entropy", {}, [Shard(0)]) == 2  # and on its way there
-    assert gathers("kronecker", {}, [Shard(0)]) == 2  # both, from their dual state
+    # Where processes have to meet they agree for which tensors, and then gather: on the simplex the
+    # matrix is cut between its rows, or across them, and the vector, one row, is cut or whole: one
+    # of the two is gathered, on its way from its dual state.
+    assert gathers("negative-entropy", {}, [Shard(0)], dual_state=True) == 1 + 1
+    assert gathers("negative-entropy", {}, [Shard(1)], dual_state=True) == 1 + 1
+    assert gathers("negative-entropy", {}, [Shard(0)]) == 1 + 2  # and on its way there
+    assert gathers("kronecker", {}, [Shard(0)]) == 1 + 2  # both, from their dual state
     assert gathers("kronecker", {}, [Replicate()]) == 0
 
 

@@ -48,6 +48,22 @@ def test_second_order_meta_gradients_through_a_compiled_inner_step(name):
     assert graphs == [2] * 3
 
 
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_a_compiled_meta_loss_is_that_of_the_loss(engine, first_order):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    mirror_map = maps.KroneckerNeural(model.parameters())
+    learner = meta.MetaLearner(
+        model, mirror_map, lr=0.1, steps=2, engine=engine, first_order=first_order
+    )
+    batch = [torch.randn(2, 5, n, dtype=torch.float64) for n in (2, 1, 2, 1)]
+    compiled = torch.compile(learner.meta_loss, backend="aot_eager")
+    found = gradients(learner, compiled(F.mse_loss, *batch))
+    torch.testing.assert_close(found, gradients(learner, learner.meta_loss(F.mse_loss, *batch)))
+
+
 # Where gradients that torch.func takes within vmap were differentiated again, these were wrong.
 @pytest.mark.parametrize(
     "norm", [nn.LayerNorm(4), nn.BatchNorm1d(4, track_running_stats=False)], ids=["layer", "batch"]

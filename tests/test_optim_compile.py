@@ -2,6 +2,7 @@
 
 import functools
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from optim_cases import CASES, COMPILER_WARNINGS, IDS, learned, start
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from mirror_opt import maps
 from mirror_opt.optim import MirrorDescent
 
 pytestmark = COMPILER_WARNINGS
@@ -143,3 +145,56 @@ def test_the_example_runs(capsys):
     losses = main(steps=6, backend="aot_eager")
     assert losses[-1] < losses[0]
     assert "2 graphs" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the default backend needs a C++ compiler")
+def test_the_default_backend_gives_the_same():
+    found = []
+    for compiled in (False, True):
+        params = [start("kronecker", {}, torch.float32, seed) for seed in range(3)]
+        groups = [
+            {"params": params[0], "mirror_map": learned("kronecker", params[0], {})},
+            {"params": params[1], "mirror_map": maps.Hypentropy(0.1)},
+            {"params": params[2], "mirror_map": learned("separable", params[2], {})},
+        ]
+        optimizer = MirrorDescent(groups, lr=torch.tensor(0.1), momentum=0.9, nonfinite="skip")
+        every = [p for group in params for p in group]
+        step = torch.compile(optimizer.step, fullgraph=True) if compiled else optimizer.step
+        generator = torch.Generator().manual_seed(0)
+        for k in range(3):
+            for p in every:
+                p.grad = torch.randn(p.shape, generator=generator)
+            if k == 1:
+                every[0].grad[0] = torch.nan
+            step()
+        found.append([p.detach() for p in every])
+    torch.testing.assert_close(*found)
+
+
+def test_a_rate_of_less_precision_costs_float64_parameters_none():
+    found = []
+    for lr in (0.1, torch.tensor(0.1, dtype=torch.float32)):
+        p = torch.full((3,), 0.4, dtype=torch.float64, requires_grad=True)
+        rate = torch.tensor(0.1).double() if isinstance(lr, float) else lr
+        optimizer = MirrorDescent([p], lr=rate, weight_decay=0.01)
+        step = torch.compile(optimizer.step, backend="aot_eager")
+        for _ in range(20):
+            p.grad = torch.full_like(p, 0.1)
+            step()
+        found.append(p.detach())
+    torch.testing.assert_close(*found, rtol=1e-14, atol=0)
+
+
+def test_weights_that_change_between_compiled_steps_are_taken_where_the_dual_state_is_gone():
+    for mirror_map in (maps.SeparableNeural, maps.KroneckerNeural):
+        p = torch.ones(4, requires_grad=True)
+        optimizer = MirrorDescent([p], torch.tensor(0.01), mirror_map([p]))
+        step = torch.compile(optimizer.step, backend="aot_eager")
+        for k in range(4):
+            p.grad = torch.ones(4)
+            if k == 2:
+                with torch.no_grad():
+                    p[2:] = 0.0
+                del optimizer.state[p]["dual"]
+            step()
+        torch.testing.assert_close(p.detach(), torch.tensor([0.96, 0.96, -0.02, -0.02]))

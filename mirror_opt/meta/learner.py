@@ -17,6 +17,7 @@ from mirror_opt.meta.engines import Automatic, check_tasks, choose_engine, map_t
 from mirror_opt.meta.inner import InnerLoop, LossFn
 from mirror_opt.meta.parameters import adapted_parameters
 from mirror_opt.meta.stability import guarded_run
+from mirror_opt.untraced import untraced
 
 __all__ = ["MetaLearner"]
 
@@ -245,6 +246,10 @@ class MetaLearner(nn.Module):
 
         ``backward()`` gives the meta-gradient of every meta-parameter, with every engine.
 
+        torch cannot compile what is differentiated twice: of a compiled function the second-order
+        loss is left out, and runs as it is. What can be compiled is the inner step, whose gradient
+        is then traced: ``docs/examples/compiled_inner_step.py``.
+
         Args:
             loss_fn: ``loss_fn(prediction, y)``, a 0-dim tensor.
             support_x, support_y, query_x, query_y: ``(T, n, *)``.
@@ -254,6 +259,16 @@ class MetaLearner(nn.Module):
             InputError: ``steps`` is out of range.
             NonFiniteLossError: a loss was not finite (``nonfinite="raise"``), or all were.
         """
+        tasks = (support_x, support_y, query_x, query_y)
+        if torch.compiler.is_compiling() and not self.first_order:
+            return self._meta_loss_outside_graphs(loss_fn, tasks, steps)
+        return self._meta_loss(loss_fn, tasks, steps)
+
+    @untraced
+    def _meta_loss_outside_graphs(self, *args: Any) -> Tensor:
+        return self._meta_loss(*args)
+
+    def _meta_loss(self, loss_fn: LossFn, tasks: Sequence[Tensor], steps: int | None) -> Tensor:
         low, high = self.horizon
         if steps is None and self.training and low < high:
             steps = int(torch.randint(low, high + 1, (), device="cpu"))
@@ -263,7 +278,6 @@ class MetaLearner(nn.Module):
             params, losses, _ = self._adapt(InnerLoop.run, inner, loss_fn, sx, sy, steps)
             return inner.loss(loss_fn, params, qx, qy), losses
 
-        tasks = (support_x, support_y, query_x, query_y)
         skip = self.nonfinite == "skip"
         inner = self.inner_loop()
         loss, query, support = self._automatic.run(

@@ -86,7 +86,8 @@ class MirrorDescent(Optimizer):
 
     **Sharded.** DTensor parameters (FSDP2, tensor parallelism) step on their local shards, with
     DTensor state; a map gathers what it couples across a cut (``MirrorMap.coupled``). A step that
-    fails in one process fails in all, except with ``"propagate"``, which does not ask.
+    fails in one process fails in all of its mesh, except with ``"propagate"``, which does not ask.
+    Of a compiled function these steps are left out: they run as if it were not compiled.
 
     **Differentiating through steps.** With ``differentiable=True`` gradients flow to the initial
     parameters, to earlier gradients, to a tensor ``lr`` and to the parameters of the map; pass
@@ -109,7 +110,9 @@ class MirrorDescent(Optimizer):
         anchor: ``"init"``, ``"zero"``, or ``"auto"``: init for an anchored map, zero for another.
         rounding: of bfloat16 parameters: ``"nearest"``, which loses small steps where there is no
             dual state, or ``"stochastic"``, which keeps their mean. It draws from torch's
-            generator: replicas of a model need the same seed.
+            generator. DTensors that processes share draw alike; replicas of plain tensors (DDP)
+            need generators in the same state, which batches of unlike sizes part where there is
+            dropout.
         foreach: use multi-tensor kernels. None: when all parameters are on an accelerator.
         fused: take fused steps. None: where there are any, unless ``foreach`` is given or the step
             is compiled. True: an InputError where there are none.

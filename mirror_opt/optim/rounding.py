@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from mirror_opt.optim.sharded import is_sharded, local, shard_index
+from mirror_opt.optim.sharded import is_sharded, largest, local, meshes, shard_index
 
 __all__ = ["generators", "may_round_to", "round_stochastically"]
 
@@ -40,13 +40,15 @@ def may_round_to(x: Tensor, rounded: Tensor) -> Tensor:
 def generators(params: Sequence[Any], slots: Sequence[int]) -> list[Generator | None]:
     """One for each of the parameters at ``slots``, where some of ``params`` are shards.
 
-    Shards of unlike sizes would draw unlike numbers from one stream, and what every process holds
-    whole would part: so each process draws a single seed, and has streams of its own for its shards
-    only.
+    Processes that hold the same have to draw the same: so they agree on a single seed, whatever
+    each of them has drawn before, and each has streams of its own for its shards only.
     """
     if not any(map(is_sharded, params)):
         return [None] * len(slots)
-    seed = int(torch.randint(1 << 62, (), device="cpu"))
+    drawn = torch.randint(1 << 62, (), device="cpu")
+    for mesh in meshes(params):
+        drawn = largest(drawn.to(mesh.device_type), mesh)
+    seed = int(drawn)
     return [
         Generator(local(params[slot]).device).manual_seed(
             hash((seed, slot, shard_index(params[slot]))) % (1 << 63)

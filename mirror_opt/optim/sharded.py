@@ -7,7 +7,7 @@ dimension, on its way into the map only, and each process keeps its shard of wha
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,12 +25,15 @@ __all__ = [
     "check_placements",
     "from_shard",
     "gradient",
+    "is_elsewhere",
     "is_sharded",
+    "largest",
     "local",
     "meshes",
     "on_shards",
     "placed_as",
     "shard_index",
+    "united",
     "whole",
 ]
 
@@ -97,19 +100,36 @@ def check_placements(params: Iterable[Any]) -> None:
                 )
 
 
+def is_elsewhere(p: Any) -> bool:
+    """Whether p is a DTensor of other processes than this one."""
+    return is_sharded(p) and p.device_mesh.get_coordinate() is None
+
+
 def meshes(params: Iterable[Any]) -> list:
-    """The device meshes of the parameters, each once."""
-    return list(dict.fromkeys(p.device_mesh for p in params if is_sharded(p)))
+    """The device meshes of the parameters that this process takes part in, each once."""
+    held = (p for p in params if is_sharded(p) and not is_elsewhere(p))
+    return list(dict.fromkeys(p.device_mesh for p in held))
 
 
-def anywhere(flag: Tensor, meshes: Iterable) -> Tensor:
-    """Not zero where the flag (0-dim, as ``found_inf``) is not in some process of the meshes."""
+def anywhere(flags: Tensor, meshes: Iterable) -> Tensor:
+    """Not zero where the flags (as ``found_inf``) are not zero in some process of the meshes."""
     for mesh in meshes:
-        count = (flag != 0).to(mesh.device_type, torch.int32)
-        for group in mesh.get_all_groups():
-            torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX, group)
-        flag = count.float()
-    return flag
+        flags = largest((flags != 0).to(mesh.device_type, torch.int32), mesh).float()
+    return flags
+
+
+def largest(x: Tensor, mesh: Any) -> Tensor:
+    """The largest of x over the processes of a mesh, entry by entry, in place."""
+    for group in mesh.get_all_groups():
+        torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX, group)
+    return x
+
+
+def united(params: Sequence[Any], *sets: Collection[Any]) -> list[set]:
+    """The union of sets of parameters over all processes, one for each set."""
+    table = torch.tensor([[float(p in some) for some in sets] for p in params], device="cpu")
+    rows = anywhere(table, meshes(params)).tolist()
+    return [{p for p, row in zip(params, rows, strict=True) if row[i]} for i in range(len(sets))]
 
 
 class OnShards:
@@ -127,6 +147,12 @@ class OnShards:
         self._inside: list[Any] = [
             _uncut(p, mirror_map.coupled(p.dim())) if is_sharded(p) else None for p in params
         ]
+
+    @property
+    def gathers(self) -> bool:
+        """Whether processes have to meet for the map, which couples entries across a cut."""
+        pairs = zip(self._params, self._inside, strict=True)
+        return any(to is not None and to != tuple(p.placements) for p, to in pairs)
 
     def __call__(self, xs: Sequence[Tensor | None], coefficients: Any = None) -> list:
         return self._apply(self.whole, xs, coefficients)

@@ -20,13 +20,16 @@ from mirror_opt.optim.plan import Lists
 from mirror_opt.optim.rounding import may_round_to
 from mirror_opt.optim.scalars import is_zero
 from mirror_opt.optim.sharded import (
+    OnShards,
     anywhere,
     from_shard,
     gradient,
+    is_elsewhere,
     is_sharded,
     local,
     meshes,
     on_shards,
+    united,
 )
 from mirror_opt.optim.update import Tensors, through, widened
 
@@ -99,7 +102,7 @@ class States:
             )
         for slot, p in enumerate(group["params"]):
             grad = p.grad
-            if grad is None or p.numel() == 0:
+            if grad is None or p.numel() == 0 or is_elsewhere(p):
                 continue
             if grad.layout is not torch.strided:
                 raise InputError(
@@ -141,6 +144,8 @@ class States:
                         # that a checkpoint is still to be loaded into.
                         self._set(p, "dual", torch.zeros_like(anchor))
                 anchors.append(local(anchor))
+        if _gathers(group):
+            stale, doubtful = _agreed(lists, stale, doubtful)
         if keeps_dual(group):
             self._init_duals(lists, stale, doubtful)
             own = [self._states[group["params"][slot]] for slot in slots]
@@ -222,11 +227,37 @@ class States:
             largest = numbers.abs().max() if x.numel() else 0.0
             rounding = _coarseness(x) * x.abs() + 64 * torch.finfo(old.dtype).eps * largest
             differs = ~((x - old).abs() <= rounding).all()
-            if is_sharded(whole):  # all of its processes go through the map, or none
+            if _gathers(lists.group):  # all of its processes go through the map, or none
                 differs = anywhere(differs, meshes([whole])) != 0
             if bool(differs):
                 found.append(i)
         return found
+
+
+def _gathers(group: Group) -> bool:
+    mirror_map = on_shards(group["mirror_map"], group["params"])
+    return isinstance(mirror_map, OnShards) and mirror_map.gathers
+
+
+def _agreed(
+    lists: Lists, stale: Collection[Tensor], doubtful: Collection[Tensor]
+) -> tuple[set[Tensor], set[Tensor]]:
+    """Parameters that are stale, and doubtful, in some process: all of them have to meet for these.
+
+    Raises:
+        InputError: a parameter has a gradient in some processes only.
+    """
+    group = lists.group
+    present = {group["params"][slot] for slot in lists.slots}
+    absent = set(group["params"]) - present
+    present, absent, stale, doubtful = united(group["params"], present, absent, stale, doubtful)
+    for slot, p in enumerate(group["params"]):
+        if p in present and p in absent:
+            raise InputError(
+                f"{parameter_name(group, slot)} has a gradient in some processes and none in "
+                "others, and its mirror map couples its shards: give one to all (zeros), or none"
+            )
+    return stale, doubtful
 
 
 def _coarseness(x: Tensor) -> float:

@@ -70,7 +70,9 @@ def take(
     if not differentiable:
         fused = [fused_step(x, grad_scale) for x in lists]
         if free or policy != "propagate":  # else they leave out the elements that fail
-            could_fail = _could_fail(groups, fused, grad_scale, shared)
+            # Without a policy there is nothing to agree on.
+            with_others = shared if policy != "propagate" else []
+            could_fail = _could_fail(groups, fused, grad_scale, with_others)
             if could_fail is not None and asks:
                 if could_fail:  # then take the steps that can be undone
                     fused = [None] * len(lists)

@@ -90,6 +90,8 @@ def mirror_descent(
     add, scale = (_foreach_add, _foreach_scale) if rule.foreach else (_forloop_add, _forloop_scale)
     unmoved = is_zero(lr) and not differentiable
     lr = as_scalar(lr, differentiable)
+    if isinstance(lr, Tensor) and any(p.dtype == torch.float64 for p in params):
+        lr = lr.double()  # else 1 - lr decay would be rounded to the dtype of the rate
     coefficients = mirror_map.coefficients() if rule.coefficients is None else rule.coefficients
 
     def primal(duals: Tensors) -> Tensors:
