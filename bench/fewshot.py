@@ -213,7 +213,10 @@ def searched(name: str, variant: str) -> dict[Rates, dict[int, float]]:
 def finalists(name: str, variant: str) -> list[Rates]:
     """The best pairs of rates with the seed that the whole grid was run with."""
     found = searched(name, variant)
-    if missing := [rates for rates in grid(name, variant) if rates not in found]:
+    wanted, there = grid(name, variant), list(found)
+    if variant == "maml":  # without parameters of a map their rate says nothing
+        wanted, there = ([(init_lr, 0.0) for init_lr, _ in some] for some in (wanted, there))
+    if missing := [rates for rates in wanted if rates not in there]:
         raise SystemExit(f"{name}: search the whole grid for {variant!r} first: {missing}")
     return sorted(found, key=lambda rates: found[rates][SEARCH_SEEDS[0]])[:FINALISTS]
 
