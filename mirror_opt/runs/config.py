@@ -130,12 +130,11 @@ class RunConfig:
             **(_SINUSOID if task == "sinusoid" else _IMAGES),
             **{name: getattr(rates, name) for name in _RATES},
             "map": "kronecker" if method == "mirror" else None,
-            "device": "auto",
         }
         if not given.get("learn_lr"):
             values["rate_lr"] = 0.0
         values |= given
-        values["device"] = options.device(values["device"])
+        values["device"] = options.device(values.get("device", "auto"))
         if values.get("data_dir") is not None:
             values["data_dir"] = os.fspath(values["data_dir"])
         return cls(task=task, method=method, **values)
@@ -149,6 +148,8 @@ class RunConfig:
         _choice("task", self.task, fewshot.TASKS)
         _choice("method", self.method, meta.METHODS)
         _choice("guard", self.guard, GUARDS)
+        if self.device == "auto":  # one that is named may be that of another machine
+            object.__setattr__(self, "device", options.device(self.device))
         for name, (least, most) in _BOUNDS.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
