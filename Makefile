@@ -8,7 +8,7 @@ PAGES   = mirror_opt mirror_opt.optim mirror_opt.ops mirror_opt.backends mirror_
           mirror_opt.maps.separable mirror_opt.runs mirror_opt.runs.recovery mirror_opt.newton \
           mirror_opt.newton_cg mirror_opt.reference mirror_opt.kernels
 
-.PHONY: all install test lint docs demo clean
+.PHONY: all always install test lint docs demo clean
 
 all: test
 
@@ -21,8 +21,14 @@ $(BIN)/.installed: constraints.txt pyproject.toml setup.py
 	$(BIN)/pip install --quiet $$(grep '^[a-z]' constraints.txt)
 	touch $@
 
-install: $(BIN)/.installed
+# Python files are used where they lie. csrc itself is newer where a file was added or removed; the
+# libraries that MIRROR_OPT_BUILD_EXT names are not told by any file.
+$(BIN)/.built: $(BIN)/.installed csrc $(wildcard csrc/* kernels/*.py)
+$(BIN)/.built: $(if $(MIRROR_OPT_BUILD_EXT),always)
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+install: $(BIN)/.built
 
 lint: install
 	$(BIN)/ruff check .

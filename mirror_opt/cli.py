@@ -6,6 +6,7 @@ reader of the output that has left status 141.
 
 import argparse
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from mirror_opt.runs.compare import METHODS, compare, open_comparison
 from mirror_opt.runs.config import GUARDS, stated_default
 from mirror_opt.runs.directory import CONFIG
 from mirror_opt.runs.evaluate import evaluate_run
-from mirror_opt.runs.options import resume_command
+from mirror_opt.runs.options import check_further, resume_command, shown
 from mirror_opt.runs.train import open_run, train
 
 __all__ = ["main"]
@@ -35,6 +36,7 @@ _RIGHTS = ("that can be read and written", "has to be readable and writable")
 _ADVICE = {
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: _ROOM,
+    errno.EFBIG: _ROOM,
     errno.EACCES: _RIGHTS,
     errno.EPERM: _RIGHTS,
     errno.EROFS: _RIGHTS,
@@ -65,11 +67,14 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     r"""Runs the command line ``argv`` (default: the process's own); returns the exit status."""
     arguments = argparse.Namespace()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every encoding has the sign of an interval
     try:
         try:
             _, unknown = _parser().parse_known_args(argv, arguments)
             if unknown:  # told by the command's own parser, whose help has the options
                 arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+            _check_out(arguments)
             arguments.function(arguments)
         finally:
             _flush()
@@ -132,8 +137,11 @@ def _told(error: OSError, arguments: argparse.Namespace) -> str:
         return message
     if isinstance(error.filename, str) and _cannot_write(error.filename, _out(arguments)):
         is_new = arguments.command in _TRAINING and "resume" not in arguments
-        new, old = _ADVICE.get(error.errno or 0, _ADVICE[0])
-        message += f"; pass an --out {new}" if is_new else f"; it {old}"
+        new, old = advice = _ADVICE.get(error.errno or 0, _ADVICE[0])
+        if advice is _ROOM and (command := _to_go_on(arguments)):
+            message += f"; free some space, then go on with: {command}"
+        else:
+            message += f"; pass an --out {new}" if is_new else f"; it {old}"
     return message
 
 
@@ -147,16 +155,23 @@ def _cannot_write(name: str, out: Path) -> bool:
 def _interrupted(arguments: argparse.Namespace) -> int:
     hint = ""
     if getattr(arguments, "command", None) in _TRAINING:
-        out = _out(arguments)
-        # A run that was to be replaced is not the one that was interrupted.
-        if _stamp(out) in (None, getattr(arguments, "replaced", None)):
-            hint = "; the run had not begun"
-        else:
-            moved = "resume" in arguments and "data_dir" in arguments
-            data = {"data_dir": arguments.data_dir} if moved else {}
-            hint = f"; go on with: {resume_command(arguments.command, out, **data)}"
+        command = _to_go_on(arguments)
+        hint = f"; go on with: {command}" if command else "; the run had not begun"
     print(f"mirror-opt: interrupted{hint}", file=sys.stderr)
     return 130
+
+
+def _to_go_on(arguments: argparse.Namespace) -> str | None:
+    r"""The command that goes on with the training that was stopped; None before it has begun."""
+    if arguments.command not in _TRAINING:
+        return None
+    out = _out(arguments)
+    # A run that was to be replaced is not the one that was stopped.
+    if _stamp(out) in (None, getattr(arguments, "replaced", None)):
+        return None
+    moved = "resume" in arguments and "data_dir" in arguments
+    data = {"data_dir": arguments.data_dir} if moved else {}
+    return resume_command(arguments.command, out, **data)
 
 
 def _stamp(out: Path) -> int | None:
@@ -179,7 +194,9 @@ def _train(arguments: argparse.Namespace) -> None:
 def _compare(arguments: argparse.Namespace) -> None:
     out = _out(arguments)
     modes = _modes(arguments)
-    methods = tuple(arguments.methods.split(",")) if "methods" in arguments else None
+    methods = None
+    if "methods" in arguments:
+        methods = tuple(name.strip() for name in arguments.methods.split(","))
     configs = open_comparison(out, _given(arguments), methods, **modes)
     rows = compare(configs, out, overwrite=modes["overwrite"], **_how(arguments))
     _finish(out, rows)
@@ -218,6 +235,10 @@ def _maps(arguments: argparse.Namespace) -> None:
     for line in lines:
         cells = (f"{cell:{width}}" for cell, width in zip(line, widths, strict=True))
         print("  ".join(cells).rstrip())
+    print("\noptions of a map, as --map-options name=value,... has them, and their defaults:")
+    for name, cls in maps.REGISTRY.items():
+        if options := check_further("map_options", {}, cls, f"map {name}"):
+            print(f"{name:{widths[0]}}  {shown(options)}")
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -237,8 +258,15 @@ def _info(arguments: argparse.Namespace) -> None:
         "data": f"{data} (absent)" if absent else data,
         "cache": cache_dir(),
     }
-    for row in backends.status():
-        facts[f"backend {row.name}"] = row.runs_on or f"not available: {row.reason}"
+    try:
+        rows = backends.status()
+    except InputError as error:  # of the environment, which names one that is not there
+        facts["backend"] = error
+        with backends.use_backend("auto"):
+            rows = backends.status()
+    for row in rows:
+        state = row.runs_on or f"not available: {row.reason}"
+        facts[f"backend {row.name}"] = f"{state} (chosen)" if row.chosen else state
     width = max(map(len, facts))
     for name, fact in facts.items():
         print(f"{name:{width}}  {fact}")
@@ -266,6 +294,11 @@ def _modes(arguments: argparse.Namespace) -> dict[str, bool]:
     modes = {name: name in arguments for name in ("resume", "overwrite")}
     arguments.replaced = _stamp(_out(arguments)) if modes["overwrite"] else None
     return modes
+
+
+def _check_out(arguments: argparse.Namespace) -> None:
+    if "out" in arguments and os.path.exists(arguments.out) and not os.path.isdir(arguments.out):
+        raise InputError(f"--out {arguments.out} is not a directory; pass one, or one to be made")
 
 
 def _out(arguments: argparse.Namespace) -> Path:
@@ -323,7 +356,7 @@ def _parser() -> argparse.ArgumentParser:
 def _training_options(sub: argparse.ArgumentParser) -> None:
     _task_options(sub)
     add = sub.add_argument
-    add("--map", help="the mirror map of method mirror (default: kronecker; see: maps)")
+    add("--map", help="the mirror map of method mirror (default: kronecker; see: mirror-opt maps)")
     add("--map-options", help="options of the map as name=value,..., such as terms=4,units=4")
     stated = _adder(sub, trained=False)
     stated("--iterations", stated_default("iterations"), "meta-iterations", type=int)
@@ -351,11 +384,12 @@ def _training_options(sub: argparse.ArgumentParser) -> None:
 def _task_options(sub: argparse.ArgumentParser, trained: bool = False) -> None:
     add = _adder(sub, trained)
     add("--task", "", ", ".join(fewshot.TASKS))
-    add("--ways", stated_default("ways"), "classes per task", type=int)
+    if not trained:  # the network is made for them
+        add("--ways", stated_default("ways"), "classes per task", type=int)
+        add("--filters", stated_default("filters"), "filters of the Conv4 network", type=int)
     shots, queries = stated_default("shots"), stated_default("queries")
     add("--shots", shots, "support examples per class, or points of a curve", type=int)
     add("--queries", queries, "query examples per class, or points of a curve", type=int)
-    add("--filters", stated_default("filters"), "filters of the Conv4 network", type=int)
     add("--data-dir", "MIRROR_OPT_DATA", "the data of omniglot or folder")
     add("--task-options", "", "further options of the task, such as split=background")
 

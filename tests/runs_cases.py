@@ -1,10 +1,21 @@
 """What the tests of runs share."""
 
+import contextlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 CTRL_C = partial(signal.raise_signal, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def handled_by(handler, number: int = signal.SIGINT) -> Iterator[None]:
+    """A signal's handler; the tests may themselves run where Ctrl-C is ignored."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 class InterruptedFamily:

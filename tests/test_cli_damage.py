@@ -3,9 +3,13 @@
 import importlib
 import json
 import shutil
+import signal
 
 import pytest
-from cli_cases import IMAGES, fails, run
+from cli_cases import IMAGES, SMALL, fails, run
+from runs_cases import InterruptedFamily, handled_by
+
+from mirror_opt import fewshot
 
 evaluate_module = importlib.import_module("mirror_opt.runs.evaluate")
 train_module = importlib.import_module("mirror_opt.runs.train")  # its package has the function
@@ -118,6 +122,22 @@ def test_a_run_that_is_not_finished(trained, tmp_path, capsys):
             f"{out / 'checkpoint.pt'}: no checkpoint there, the run is not trained yet; "
             f"go on with: mirror-opt train --out {out} --resume"
         )
+
+
+def test_a_run_that_was_stopped_is_told_from_a_finished_one(tmp_path, monkeypatch, caplog):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        make = fewshot.make_task
+        patch.setattr(fewshot, "make_task", lambda *a, **k: InterruptedFamily(make(*a, **k), 1))
+        options = ["--task", "sinusoid", "--method", "maml", *SMALL, "--iterations", "4"]
+        with handled_by(signal.default_int_handler):
+            assert run("train", *options, "--out", out) == 130
+    assert run("evaluate", "--out", out) == 0
+    assert "maml: the run was stopped after 2 of 4 iterations" in caplog.text
+    assert run("train", "--resume", "--out", out) == 0
+    caplog.clear()
+    assert run("evaluate", "--out", out) == 0
+    assert not caplog.text
 
 
 def test_a_comparison_that_is_not_finished(compared, tmp_path, capsys):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from cli_cases import IMAGES, fails, run
+from cli_cases import IMAGES, SMALL, fails, run
 
 from mirror_opt import cli, fewshot, maps
 from mirror_opt.runs import lock
@@ -30,6 +30,22 @@ def test_no_room_in_a_directory(trained, tmp_path, capsys, monkeypatch):
     assert run("evaluate", "--out", old) == 2
     line = capsys.readouterr().err
     assert f"{old / 'results.json'}: No space left on device; it needs room to write" in line
+    line = fails(capsys, "train", "--task", "glyphs", *IMAGES, "--overwrite", "--out", old)
+    assert line.endswith("; pass an --out with room to write")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_run_that_meets_a_full_disk_can_go_on(tmp_path, capsys, monkeypatch, code):
+    def full(*_):
+        raise OSError(code, os.strerror(code), str(out / "checkpoint.pt"))
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.checkpoint, "save", full)
+        line = fails(capsys, "train", "--task", "sinusoid", *SMALL, "--out", out)
+    command = f"mirror-opt train --out {out} --resume"
+    assert line.endswith(f"; free some space, then go on with: {command}")
+    assert run(*command.split()[1:]) == 0
 
 
 def test_a_run_that_may_not_be_written(trained, tmp_path, capsys, monkeypatch):
@@ -59,9 +75,9 @@ def test_other_failures_give_no_advice_on_room(tmp_path, capsys, monkeypatch, na
         )
 
 
-def with_output_to(file, *arguments):
-    command = [sys.executable, "-m", "mirror_opt.cli", *arguments]
-    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+def with_output_to(file, *arguments, **environment):
+    command = [sys.executable, "-m", "mirror_opt", *arguments]
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | environment
     return subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, env=buffered)
 
 
@@ -87,9 +103,21 @@ def test_output_that_has_no_room():
     )
 
 
+def test_an_encoding_without_the_sign_of_an_interval(trained, tmp_path):
+    out = shutil.copytree(trained, tmp_path / "run")
+    ended = with_output_to(
+        subprocess.PIPE, "evaluate", "--out", str(out), PYTHONIOENCODING="ascii"
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "mean ? 95% interval" in ended.stdout
+
+
 def test_maps(capsys):
     assert run("maps") == 0
-    lines = capsys.readouterr().out.splitlines()
+    table, _, options = capsys.readouterr().out.partition("\n\n")
+    assert "kronecker         units=4,terms=1,eps=0.02," in options
+    assert "euclidean" not in options
+    lines = table.splitlines()
     assert lines[0].split()[:7] == ["name", "domain", "mu", "ell", "grad", "h", "inverse"]
     assert [line.split()[0] for line in lines[1:]] == list(maps.REGISTRY)
     shown = {line.split()[0]: line.split()[1:] for line in lines}
@@ -116,6 +144,18 @@ def test_info(capsys, monkeypatch, tmp_path):
         assert word in out
 
 
+def test_info_of_a_backend_that_was_chosen(capsys, monkeypatch):
+    monkeypatch.setenv("MIRROR_OPT_BACKEND", "torch")
+    assert run("info") == 0
+    marked = [line for line in capsys.readouterr().out.splitlines() if "(chosen)" in line]
+    assert [line.split()[:2] for line in marked] == [["backend", "torch"]]
+    monkeypatch.setenv("MIRROR_OPT_BACKEND", "abacus")
+    assert run("info") == 0
+    out = capsys.readouterr().out
+    assert "MIRROR_OPT_BACKEND: no backend named 'abacus'" in out
+    assert out.splitlines()[-1].split()[:2] == ["backend", "torch"]
+
+
 def test_help_and_version(capsys):
     for arguments in (["--help"], ["--version"], ["compare", "--help"]):
         assert run(*arguments) == 0
@@ -129,7 +169,7 @@ def test_help_of_evaluate_states_no_default_of_training(capsys):
     assert "classes per task (default: 5)" in " ".join(capsys.readouterr().out.split())
     assert run("evaluate", "--help") == 0
     out = " ".join(capsys.readouterr().out.split())
-    for option in ("--ways WAYS classes per task", "--test-tasks TEST_TASKS new tasks to evaluate"):
-        assert option in out
-    assert "classes per task (default: the run's)" in out
+    assert "support examples per class, or points of a curve (default: the run's)" in out
+    assert "--ways" not in out
+    assert "--filters" not in out
     assert set(re.findall(r"\(default: (.*?)\)", out)) == {"the run's", "auto"}

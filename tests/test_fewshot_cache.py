@@ -64,6 +64,28 @@ def test_built_again_whatever_byte_of_the_header_is_changed(cache, kind):
     assert list(cache.iterdir()) == [file]
 
 
+@pytest.mark.parametrize("kind", ["array", "arrays"])
+def test_what_another_has_written_is_not_trusted(cache, kind):
+    content = np.arange(100, dtype=np.uint8)
+
+    def load():
+        if kind == "array":
+            return cached_array("a", lambda: content)
+        return cached_arrays("a", lambda: {"content": content})["content"]
+
+    load()
+    path = cache / "a"
+    changed = bytearray(path.read_bytes())
+    if kind == "array":
+        changed[-40] ^= 1  # a pixel, of the last eight
+    path.write_bytes(changed)
+    np.testing.assert_array_equal(load(), content)
+    for other in (content[:50], content + 1, content.astype(float)):
+        with path.open("wb") as file:
+            np.save(file, other) if kind == "array" else np.savez(file, names=other)
+        np.testing.assert_array_equal(load(), content)
+
+
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")

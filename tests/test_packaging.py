@@ -1,6 +1,7 @@
 """Wheel and sdist: built, installed into clean environments elsewhere, and run."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def source(tmp_path_factory):
     if files.returncode:
         pytest.skip("this is no git checkout")
     for name in files.stdout.splitlines():
-        if name.split("/")[0] not in ("bench", "docs", "tests") and (ROOT / name).exists():
+        if name.split("/")[0] not in ("bench", "tests") and (ROOT / name).exists():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, copy / name)
     return copy
@@ -85,6 +86,13 @@ def installed(wheel, folder):
     others = [p for p in sys.path if p.endswith("site-packages")]
     (site / "dependencies.pth").write_text("".join(f"{p}\n" for p in others))
     return python, site
+
+
+def test_what_the_readme_shows_is_in_the_sdist(sdist, tmp_path):
+    tree = unpacked(sdist, tmp_path / "unpacked")
+    shown = re.findall(r"\]\((?!https?:)([^)#]+)", (tree / "README.md").read_text())
+    assert any(name.endswith(".png") for name in shown)
+    assert [name for name in [*shown, "CHANGELOG.md"] if not (tree / name).exists()] == []
 
 
 # The sdist's wheel, with a compiler, is built of the same files as the tree's.

@@ -1,6 +1,7 @@
 """Damage to a run's checkpoint, bit by bit, and files that would run code."""
 
 import errno
+import math
 import os
 import pickle
 import zipfile
@@ -19,7 +20,15 @@ STATE = {
     "iteration": 2,
     "learner": OrderedDict(weight=torch.arange(6.0).view(2, 3).bfloat16()),
     "optimizer": {"state": {0: {"step": torch.tensor(2.0)}}, "param_groups": [{"lr": 0.1}]},
-    "recovery": {"rate": 1.0},
+    "recovery": {
+        "rate": 1.0,
+        "means": None,
+        "variances": (0.0, 0.0),
+        "bad": 0.0,
+        "time": 0,
+        "kept": [],
+        "returned": False,
+    },
     "losses": torch.tensor([2.0, float("nan")], dtype=torch.float64),
     "seconds": 0.5,
 }
@@ -96,10 +105,24 @@ def test_another_version_is_named(path, monkeypatch):
         {"losses": [2.0, 1.0]},
         {"iteration": "2"},
         {"recovery": None},
+        {"recovery": {}},
+        {"recovery": STATE["recovery"] | {"rate": math.nan}},
+        {"recovery": STATE["recovery"] | {"rate": 0.0}},
+        {"recovery": STATE["recovery"] | {"means": (1.0,)}},
+        {"recovery": STATE["recovery"] | {"variances": (math.inf, 1.0)}},
+        {"recovery": STATE["recovery"] | {"kept": [(1, (0.0, 0.0), (0.0, 0.0), {})]}},
+        {"iteration": -1},
+        {"iteration": 3},
+        {"losses": STATE["losses"][:, None]},
+        {"losses": STATE["losses"].cfloat()},
+        {"losses": STATE["losses"].to_sparse()},
+        {"losses": STATE["losses"] + math.inf},
+        {"seconds": math.nan},
+        {"seconds": -1.0},
     ],
     ids=str,
 )
-def test_fields_of_other_types_are_refused(path, changed):
+def test_fields_that_no_run_saves_are_refused(path, changed):
     checkpoint.save(path, {**STATE, **changed})
     assert "damaged" in refusal(path)
 

@@ -83,6 +83,15 @@ def test_missing_and_unknown_fields():
     assert "iterations" in refused(values)
 
 
+def test_the_device_is_one_that_is_there():
+    values = CONFIGS[0].to_dict()
+    there = RunConfig.create("sinusoid").device
+    for auto in (values | {"device": "auto"}, {k: v for k, v in values.items() if k != "device"}):
+        assert RunConfig(**auto).device == there != "auto"
+    # A run may be evaluated where its own device is not.
+    assert RunConfig(**values | {"device": "cuda:99"}).device == "cuda:99"
+
+
 def test_steps_are_kept_in_one_spelling():
     config = dataclasses.replace(CONFIGS[0], adapt_steps=[5, 1, 1], train_steps="5-5")
     assert (config.adapt_steps, config.train_steps) == ((1, 5), 5)

@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 from conftest import noise
+from runs_cases import handled_by
 
 from mirror_opt.cli import main
 from mirror_opt.fewshot import ImageFolder
@@ -82,7 +83,8 @@ def test_a_comparison_goes_on_where_its_data_has_moved(data, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(ImageFolder, "sample", interrupted)
-        assert main([*command, str(out)]) == 130
+        with handled_by(signal.default_int_handler):
+            assert main([*command, str(out)]) == 130
     states = [checkpoint.load(out / name / "checkpoint.pt") for name in ("fomaml", "anil")]
     assert [state["iteration"] for state in states] == [2, 1]
     moved = shutil.move(where, tmp_path / "moved")

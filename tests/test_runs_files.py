@@ -21,7 +21,15 @@ STATE = {
     "iteration": 2,
     "learner": {"weight": torch.arange(6.0).view(2, 3)},
     "optimizer": {"state": {0: {"step": torch.tensor(2.0)}}, "param_groups": [{"lr": 0.1}]},
-    "recovery": {},
+    "recovery": {
+        "rate": 1.0,
+        "means": None,
+        "variances": (0.0, 0.0),
+        "bad": 0.0,
+        "time": 0,
+        "kept": [],
+        "returned": False,
+    },
     "losses": torch.tensor([2.0, 1.0], dtype=torch.float64),
     "seconds": 0.5,
 }
@@ -157,6 +165,26 @@ def test_what_a_killed_writer_leaves(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
+def test_what_has_the_name_of_the_lock_is_left(tmp_path, kind):
+    mine, lock = tmp_path / "mine", tmp_path / LOCK
+    mine.write_text("mine")
+    {"link": lambda: lock.symlink_to(mine), "folder": lock.mkdir, "pipe": lambda: os.mkfifo(lock)}[
+        kind
+    ]()
+    with pytest.raises(InputError, match=f"{lock}: no file, where that of a l"), writing(tmp_path):
+        pass
+    assert mine.read_text() == "mine"
+    assert os.path.lexists(lock)
+
+
+def test_another_s_file_called_lock_is_left(tmp_path):
+    (tmp_path / ".lock").write_text("mine")
+    with writing(tmp_path):
+        pass
+    assert (tmp_path / ".lock").read_text() == "mine"
+
+
 def test_json_is_strict(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         directory.write_json(tmp_path / "a.json", [float("nan")])
@@ -171,9 +199,11 @@ def test_bad_json_names_the_file(tmp_path, text):
 
 
 def test_json_that_cannot_be_read_names_the_file(tmp_path):
-    (tmp_path / "a.json").mkdir()
-    with pytest.raises(InputError, match=r"a\.json: cannot be read \(Is a directory\)"):
-        directory.read_json(tmp_path / "a.json", list)
+    for make in (os.mkdir, os.mkfifo):
+        make(tmp_path / "a.json")
+        with pytest.raises(InputError, match=r"a\.json: cannot be read \(Not a regular file\)"):
+            directory.read_json(tmp_path / "a.json", list)
+        (tmp_path / "a.json").rename(tmp_path / make.__name__)
 
 
 @pytest.mark.parametrize(

@@ -117,12 +117,23 @@ def test_adaptation_marks_what_diverged_and_tells_guards_apart():
     )
     (axes,) = figure.axes
     curves = [line for line in axes.lines if not line.get_label().startswith("_")]
-    assert [line.get_label() for line in curves] == ["maml, guard auto", "maml, guard off"]
+    names = ["maml, guard auto", "maml, guard off"]
+    assert [line.get_label() for line in curves] == [*names, "a task diverged"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()][2:] == ["a task diverged"]
     assert curves[0].get_xydata().tolist() == [[0, 2], [1, 1]]
     assert next(line.get_xdata() for line in axes.lines if line.get_marker() == "x") == [100]
     assert axes.get_yscale() == "log"
     assert axes.get_xscale() == "symlog"
     assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "1", "100"]
+
+
+@pytest.mark.parametrize("worst", [3.0, 1e3, 1e12, 1e38])
+def test_a_y_axis_has_its_ticks(tmp_path, worst):
+    figure = saved(tmp_path, [row(adapt_steps=0, mean=1.0), row(adapt_steps=1, mean=worst)])
+    (axes,) = figure.axes
+    low, high = axes.get_ylim()
+    ticks = [t.get_text() for t in axes.get_yticklabels() if low <= t.get_position()[1] <= high]
+    assert 2 <= len(set(ticks)) <= 20
 
 
 def test_bands_of_few_lines_and_bars_of_many():
@@ -197,6 +208,7 @@ def test_the_share_of_right_queries_is_of_those_shown(monkeypatch):
     with plots._styled():
         figure = plots.episode([(config, task, learner)])
     assert figure.axes[1].get_title(loc="left") == "maml: 100%"
+    assert "framed green: right, orange: wrong" in figure.get_suptitle()
 
 
 def test_accuracy_is_in_percent():

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from uuid import uuid4
 
 import pytest
 import torch
-from runs_cases import InterruptedFamily
+from runs_cases import InterruptedFamily, handled_by
 
 from mirror_opt import fewshot, meta
 from mirror_opt.cli import main
@@ -150,16 +151,22 @@ def test_all_methods_start_at_the_same_model():
     assert all(same(dict(models[0]), dict(model)) for model in models[1:])
 
 
-@pytest.mark.parametrize("at", [1, 5, 7])
-def test_interrupted_and_resumed_is_the_same(whole, tmp_path, monkeypatch, capsys, at):
+@pytest.mark.parametrize(
+    ("at", "number"),
+    [(1, signal.SIGINT), (5, signal.SIGINT), (7, signal.SIGINT), (3, signal.SIGTERM)],
+)
+def test_interrupted_and_resumed_is_the_same(whole, tmp_path, monkeypatch, capsys, at, number):
     out = tmp_path / "run"
     command = ["train", "--task", "sinusoid", *ARGUMENTS, "--out", str(out)]
-    # A process in the background is started with Ctrl-C ignored.
-    before = signal.getsignal(signal.SIGINT)
+    interrupt = partial(signal.raise_signal, number)
     with monkeypatch.context() as patch:
         make = fewshot.make_task
-        patch.setattr(fewshot, "make_task", lambda *a, **k: InterruptedFamily(make(*a, **k), at))
-        assert main(command) == 130
+        patch.setattr(
+            fewshot, "make_task", lambda *a, **k: InterruptedFamily(make(*a, **k), at, interrupt)
+        )
+        with handled_by(signal.default_int_handler, number):
+            assert main(command) == 130
+            assert signal.getsignal(number) is signal.default_int_handler
     printed = capsys.readouterr()
     assert printed.err.strip().splitlines()[-1] == (
         f"mirror-opt: interrupted; go on with: mirror-opt train --out {out} --resume"
@@ -168,7 +175,19 @@ def test_interrupted_and_resumed_is_the_same(whole, tmp_path, monkeypatch, capsy
     assert not (out / "results.json").exists()
     assert main(["train", "--out", str(out), "--resume"]) == 0
     assert same(final(whole), final(out))
-    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_is_ignored_stays_so(whole, tmp_path, monkeypatch, number):
+    interrupt = partial(signal.raise_signal, number)
+    make = fewshot.make_task
+    monkeypatch.setattr(
+        fewshot, "make_task", lambda *a, **k: InterruptedFamily(make(*a, **k), 3, interrupt)
+    )
+    with handled_by(signal.SIG_IGN, number):
+        train(tiny(), tmp_path)
+        assert signal.getsignal(number) is signal.SIG_IGN
+    assert same(final(whole), final(tmp_path))
 
 
 def test_killed_and_resumed_is_the_same(tmp_path):
@@ -262,17 +281,22 @@ def test_non_finite_meta_gradients_are_left_out_and_counted(tmp_path, monkeypatc
     assert [loss is None for loss in history["loss"]] == [i in (1, 3) for i in range(8)]
     assert history["skipped"] == 2
     assert "mirror (kronecker): 2 of 8 iterations were left out" in caplog.text
+    assert "the outer rates are at" in caplog.text
+    assert "was learned" not in caplog.text
     state = checkpoint.load(tmp_path / "checkpoint.pt")
     assert all(torch.isfinite(x).all() for x in state["learner"].values())
     # A single bad batch leads to no earlier state: the six other steps count.
     assert {float(s["step"]) for s in state["optimizer"]["state"].values()} == {6.0}
 
 
-def test_a_diverging_run_reports_null(tmp_path):
+def test_a_diverging_run_reports_null(tmp_path, caplog):
     rows = train(tiny("maml", lr=1e30, guard="off"), tmp_path)
     assert rows[0]["mean"] is not None  # no step, no divergence
     assert rows[1]["mean"] is None
     assert json.loads((tmp_path / "history.json").read_text())["skipped"] == 8
+    assert caplog.text.strip().endswith(
+        "nothing was learned: lower --lr, the inner step size, or --init-lr and --map-lr"
+    )
 
 
 def test_a_full_disk(tmp_path):
@@ -304,6 +328,7 @@ def test_a_full_disk(tmp_path):
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"mirror-opt: error: {out / 'checkpoint.pt'}: File too large")
+    assert line.endswith(f"free some space, then go on with: mirror-opt train --out {out} --resume")
     assert os.listdir(out) == ["config.json"]
 
 

@@ -1,14 +1,15 @@
 r"""Where decoded images are kept between runs.
 
 Every file in the cache can be made again, so a damaged one is replaced, never trusted: its name
-carries a digest of all that decides its content. Files are plain ``.npy`` and ``.npz`` arrays,
+carries a digest of all that decides its content, and it ends with the digest of all bytes before.
+Files are plain ``.npy`` and ``.npz`` arrays but for that, which readers of them pass over, and are
 read without pickle.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -33,13 +34,14 @@ def digest(*parts: Any) -> str:
         >>> digest("glyphs", 1) == digest("glyphs", 1)
         True
     """
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def cached_array(name: str, build: Callable[[], np.ndarray]) -> np.ndarray:
     r"""The array of the cache file ``name`` (``.npy``), built and written if it is not there.
 
-    It is mapped into memory, read-only: a large data set costs the pages that are used.
+    It is mapped into memory, read-only: a large data set is read once, for its digest, and takes
+    the memory of the pages that are used.
 
     Raises:
         InputError: the cache folder cannot be read or written.
@@ -72,6 +74,13 @@ def cached_arrays(name: str, build: Callable[[], dict[str, np.ndarray]]) -> dict
     return _cached(name, load, save, build)
 
 
+def _is_whole(path: Path) -> bool:
+    r"""Whether a file ends with the digest of what is before."""
+    data = np.memmap(path, mode="r")
+    size = sha256().digest_size
+    return sha256(data[:-size].data).digest() == data[-size:].tobytes()
+
+
 _Content = TypeVar("_Content")
 
 
@@ -84,11 +93,14 @@ def _cached(
     path = cache_dir() / name
     try:
         try:
-            return load(path)
+            if _is_whole(path):
+                return load(path)
         except Exception:
-            pass  # absent, or damaged, which can raise anything: built again
+            pass  # absent, or unreadable, which can raise anything: built again
         with atomic_write(path) as file:  # opened first: a folder of no use shows before the work
             save(file, build())
+            file.flush()
+            file.write(sha256(np.memmap(file.name, mode="r").data).digest())
         return load(path)
     except OSError as error:
         raise InputError(

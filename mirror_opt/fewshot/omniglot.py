@@ -188,8 +188,8 @@ def _find(data_dir: str | os.PathLike | None, fetch: bool) -> dict[str, ImageFil
     if files is None:
         raise InputError(
             f"no {_PARTS[0]}.zip and {_PARTS[1]}.zip in {' or '.join(map(str, places))}: pass "
-            "their folder as data_dir (--data-dir) or MIRROR_OPT_DATA, or pass download "
-            "(--download)"
+            "their folder as data_dir (--data-dir) or MIRROR_OPT_DATA, or fetch them with download "
+            "(--download of train and compare)"
         )
     return files
 

@@ -6,6 +6,7 @@ seal: the SHA-256 of all bytes before, so that no change to any of them goes unn
 
 import hashlib
 import io
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from mirror_opt.errors import InputError
 from mirror_opt.runs.directory import write_bytes
+from mirror_opt.runs.recovery import is_state
 
 __all__ = ["VERSION", "load", "restore", "save"]
 
@@ -86,6 +88,15 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
             f"{VERSION}; use the mirror_opt that wrote it, or train again"
         )
     if any(not isinstance(state.get(k, ...), kind) for k, kind in _FIELDS.items()):
+        raise InputError(broken)
+    losses, seconds = state["losses"], state["seconds"]
+    if (losses.layout, losses.dtype) != (torch.strided, torch.float64):
+        raise InputError(broken)
+    if losses.shape != (state["iteration"],) or losses.isinf().any():
+        raise InputError(broken)
+    if not 0 <= seconds < math.inf:
+        raise InputError(broken)
+    if not is_state(state["recovery"]):
         raise InputError(broken)
     return state
 

@@ -1,11 +1,13 @@
 r"""What defines a run: every option, its default and its check, and the objects they stand for."""
 
+import contextlib
 import dataclasses
 import inspect
 import os
+import re
 import reprlib
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +33,10 @@ _BOUNDS = {
     "iterations": (1, MOST),
     "tasks_per_batch": (1, 10**6),  # each has a random generator, of about a kilobyte
     "test_tasks": (2, MOST),
+    "ways": (2, MOST),
+    "shots": (1, MOST),
+    "queries": (1, MOST),
+    "filters": (1, MOST),
     "seed": (0, MOST),
     "threads": (1, 1024),  # more, and the process may not get them
 }
@@ -130,12 +136,11 @@ class RunConfig:
             **(_SINUSOID if task == "sinusoid" else _IMAGES),
             **{name: getattr(rates, name) for name in _RATES},
             "map": "kronecker" if method == "mirror" else None,
-            "device": "auto",
         }
         if not given.get("learn_lr"):
             values["rate_lr"] = 0.0
         values |= given
-        values["device"] = options.device(values["device"])
+        values["device"] = options.device(values.get("device", "auto"))
         if values.get("data_dir") is not None:
             values["data_dir"] = os.fspath(values["data_dir"])
         return cls(task=task, method=method, **values)
@@ -149,6 +154,8 @@ class RunConfig:
         _choice("task", self.task, fewshot.TASKS)
         _choice("method", self.method, meta.METHODS)
         _choice("guard", self.guard, GUARDS)
+        if self.device == "auto":  # one that is named may be that of another machine
+            object.__setattr__(self, "device", options.device(self.device))
         for name, (least, most) in _BOUNDS.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
@@ -274,18 +281,19 @@ def build(config: RunConfig, *, download: bool = False) -> tuple[TaskFamily, Met
         torch.set_num_threads(config.threads)
     if download and "download" not in inspect.signature(fewshot.TASKS[config.task]).parameters:
         raise InputError(f"--download: task {config.task} has nothing to download; drop --download")
-    task = fewshot.make_task(
-        config.task,
-        ways=config.ways,
-        shots=config.shots,
-        queries=config.queries,
-        seed=config.seed,
-        data_dir=config.data_dir,
-        download=download,
-        **config.task_options,
-    )
+    with _spelled("task_options", config.task_options):
+        task = fewshot.make_task(
+            config.task,
+            ways=config.ways,
+            shots=config.shots,
+            queries=config.queries,
+            seed=config.seed,
+            data_dir=config.data_dir,
+            download=download,
+            **config.task_options,
+        )
     low, high = config.horizon
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _spelled("map_options", config.map_options):
         torch.manual_seed(config.seed)
         make_model: Callable[..., nn.Module] = task.model
         model = make_model() if config.filters is None else make_model(filters=config.filters)
@@ -299,6 +307,26 @@ def build(config: RunConfig, *, download: bool = False) -> tuple[TaskFamily, Met
             steps=low if low == high else (low, high),
         )
     return task, learner.to(device)
+
+
+@contextlib.contextmanager
+def _spelled(name: str, pairs: dict[str, Any]) -> Iterator[None]:
+    r"""Has an error that begins with an argument's name begin with the option that gave it.
+
+    Args:
+        name: the option of the command line that has the pairs, as a field.
+        pairs: the arguments by name that it gave.
+    """
+    try:
+        yield
+    except InputError as error:
+        if found := re.match(r"(?:Invalid )?(\w+)(?:=| is )", str(error)):
+            key, rest = found[1], str(error)[found.end() :]
+            if key in pairs:
+                raise InputError(f"{option(name)} {key}={rest}") from error
+            if key == "ways":
+                raise InputError(f"{option(key)} {rest}") from error
+        raise
 
 
 def _choice(name: str, value: Any, choices: Iterable[str]) -> None:

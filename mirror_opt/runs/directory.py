@@ -1,8 +1,10 @@
 r"""A run's directory: the names of its files, and reading and writing them."""
 
+import errno
 import json
 import math
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,8 @@ def read_json(path: str | os.PathLike, kind: type, remedy: str = _REMEDY) -> Any
     """
     path = Path(path)
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait for a writer
+            raise OSError(errno.EINVAL, "Not a regular file")
         text = path.read_text(encoding="utf-8")
         value = json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_counted)
     except FileNotFoundError:

@@ -1,5 +1,6 @@
 r"""Evaluation: a learner on tasks unseen in training, after each number of adaptation steps."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from mirror_opt.runs.options import option, pairs, resume_command
 
 __all__ = ["OVERRIDES", "evaluate", "evaluate_run", "load_run", "method_dirs"]
 
+_log = logging.getLogger(__name__)
+
 # What may change between training a learner and evaluating it.
 OVERRIDES = (
     "adapt_steps",
@@ -31,8 +34,6 @@ OVERRIDES = (
     "task_options",
     "shots",
     "queries",
-    "filters",
-    "ways",
 )
 
 # The size of a batch is part of which tasks are drawn: one constant, whatever the meta-batch.
@@ -173,6 +174,13 @@ def evaluate_run(out: str | os.PathLike, given: dict[str, Any]) -> list[dict[str
         results.stored(Path(out) / RESULTS)
         new = []
         for config, task, learner, state in loaded:
+            if state["iteration"] < config.iterations:
+                _log.warning(
+                    "%s: the run was stopped after %d of %d iterations",
+                    config.label,
+                    state["iteration"],
+                    config.iterations,
+                )
             trace = evaluate(learner, task, config)
             new += results.rows(config, task, trace, state["iteration"], state["seconds"])
         results.merge(Path(out) / RESULTS, new)

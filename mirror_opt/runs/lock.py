@@ -3,6 +3,7 @@ r"""One writer in a run's directory at a time."""
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ except ImportError:  # not there on Windows, where runs are not locked
 
 __all__ = ["LOCK", "writing"]
 
-LOCK = ".lock"
+LOCK = ".mirror-opt.lock"
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # not there on Windows
 
 
 @contextlib.contextmanager
@@ -27,7 +29,7 @@ def writing(out: str | os.PathLike) -> Iterator[None]:
     left behind holds nothing. What one left of a half-written file is removed.
 
     Raises:
-        InputError: another process holds it.
+        InputError: another process holds it, or what has the lock's name there is no file.
         OSError: ``out`` cannot be written.
     """
     out = Path(out)
@@ -53,7 +55,8 @@ def writing(out: str | os.PathLike) -> Iterator[None]:
 def _locked(out: Path) -> int:
     r"""The open lock file, held."""
     while True:
-        file = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        _check_own(out / LOCK)
+        file = os.open(out / LOCK, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
         try:
             _hold(file, out)
             os.write(file, f"{os.getpid()}\n".encode())  # a full disk shows here
@@ -63,6 +66,14 @@ def _locked(out: Path) -> int:
             os.close(file)
             raise
         os.close(file)  # that of a writer who has removed it since
+
+
+def _check_own(path: Path) -> None:
+    # Through a link another's file would be written to, and a pipe would wait for a reader.
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise InputError(
+            f"{path}: no file, where that of a lock belongs; move it away, or pass another --out"
+        )
 
 
 def _hold(file: int, out: Path) -> None:

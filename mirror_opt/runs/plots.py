@@ -159,6 +159,8 @@ def adaptation(rows: list[dict[str, Any]]) -> Figure:
                 clip_on=False,  # which the layout makes room for, even where nothing is drawn
                 transform=axes.get_xaxis_transform(),
             )
+    if any(row["mean"] is None for row in rows):
+        axes.plot([], [], "x", color="#333333", label="a task diverged")
     ticks = sorted({row["adapt_steps"] for row in rows})
     if ticks[-1] > 20:
         axes.set_xscale("symlog", linthresh=10)
@@ -317,7 +319,7 @@ def episode(trained: list[Trained]) -> Figure:
         axes.set_axis_off()
     title = (
         f"{config.task}: a new task, a class per row\n"
-        f"queries after {counted(step, 'adaptation step')}, framed green: right, red: wrong"
+        f"queries after {counted(step, 'adaptation step')}, framed green: right, orange: wrong"
     )
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure
@@ -358,7 +360,11 @@ def _literal(text: str) -> str:
 def _log(axes: Axes) -> None:
     r"""A log y axis that writes 0.02, not 2 x 10^-2, and not at every tick."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+    low, high = axes.get_ylim()
+    # Where it has to pass over powers of ten, the locator would have no multiples of them, and no
+    # ticks at all.
+    subs = (1, 2, 5) if high < 1e6 * low else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=20))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

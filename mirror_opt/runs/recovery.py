@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-__all__ = ["Recovery"]
+from mirror_opt.runs.options import fits
+
+__all__ = ["Recovery", "is_state"]
 
 _EVERY = 10  # iterations that make a state
 _MEMORY = 0.9  # of the running means
@@ -46,6 +48,18 @@ class _Kept(NamedTuple):
     means: tuple[float, float]
     variances: tuple[float, float]
     state: dict[str, Any]
+
+
+# What a recovery's state dict holds.
+_FIELDS = {
+    "rate": float,
+    "means": tuple[float, ...] | None,
+    "variances": tuple[float, ...],
+    "bad": float,
+    "time": int,
+    "kept": list[tuple[Any, ...]],
+    "returned": bool,
+}
 
 
 class Recovery:
@@ -155,6 +169,43 @@ class Recovery:
         self._time, self._returned = state["time"], state["returned"]
         self._variances = state["variances"]
         self._kept = [_Kept(*kept) for kept in state["kept"]]
+
+
+def is_state(state: dict[str, Any]) -> bool:
+    r"""Whether a dict can be a :meth:`Recovery.state_dict`, as far as it shows without its module.
+
+    Example:
+        >>> module = nn.Linear(2, 1)
+        >>> state = Recovery(module, torch.optim.Adam(module.parameters())).state_dict()
+        >>> is_state(state), is_state(state | {"rate": math.nan})
+        (True, False)
+    """
+    return (
+        all(name in state and fits(state[name], hint) for name, hint in _FIELDS.items())
+        and 0 < state["rate"] <= 1
+        and 0 <= state["bad"] <= 1
+        and (state["means"] is None or _is_pair(state["means"]))
+        and _is_pair(state["variances"])
+        and all(map(_is_kept, state["kept"]))
+    )
+
+
+def _is_pair(value: Any) -> bool:
+    numbers = fits(value, tuple[float, ...]) and len(value) == 2
+    return numbers and all(-math.inf < x < math.inf for x in value)
+
+
+def _is_kept(values: tuple[Any, ...]) -> bool:
+    if len(values) != len(_Kept._fields):
+        return False
+    time, means, variances, state = values
+    return (
+        fits(time, int)
+        and _is_pair(means)
+        and _is_pair(variances)
+        and fits(state, dict[str, dict])
+        and {"module", "optimizer"} <= state.keys()
+    )
 
 
 def _thinned(kept: list[_Kept]) -> list[_Kept]:

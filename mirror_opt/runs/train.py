@@ -14,7 +14,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -206,7 +206,7 @@ def train(
         InputError: data, options or a checkpoint that cannot be used, or another run is writing
             in ``out``.
         OSError: ``out`` cannot be written.
-        KeyboardInterrupt: after Ctrl-C, with the checkpoint saved.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, with the checkpoint saved.
     """
     out = Path(out)
     check_save_every(save_every)
@@ -303,12 +303,13 @@ def _end(training: _Training, out: Path, split: str) -> list[dict[str, Any]]:
     config, task = training.config, training.task
     if training.skipped:
         _log.warning(
-            "%s: %d of %d iterations were left out: not finite, or far from the usual; the rates "
-            "are at %.3g of those given",
+            "%s: %d of %d iterations were left out: not finite, or far from the usual; the "
+            "outer rates are at %.3g of those given%s",
             config.label,
             training.skipped,
             config.iterations,
             training.recovery.rate,
+            _advice(training.skipped, config.iterations),
         )
     losses = [None if math.isnan(loss) else loss for loss in training.losses]
     history = {"loss": losses, "skipped": training.skipped, "rate": training.recovery.rate}
@@ -321,11 +322,20 @@ def _end(training: _Training, out: Path, split: str) -> list[dict[str, Any]]:
     return found
 
 
+def _advice(skipped: int, iterations: int) -> str:
+    if 2 * skipped <= iterations:
+        return ""
+    learned = "nothing" if skipped == iterations else "little"
+    return f"; {learned} was learned: lower --lr, the inner step size, or --init-lr and --map-lr"
+
+
 @contextlib.contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    r"""Collects the first Ctrl-C in a list, so that an iteration ends before the run stops.
+    r"""Collects the first Ctrl-C or SIGTERM in a list, so that an iteration ends before the run
+    stops.
 
-    A second Ctrl-C acts at once: the checkpoint is then the last one saved.
+    A second one acts at once: the checkpoint is then the last one saved. One that is ignored, as
+    Ctrl-C is by what a script starts in the background, stays so.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -334,13 +344,20 @@ def _interrupts() -> Iterator[list[int]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        signal.signal(signal.SIGINT, before)
+        handle(before)
 
-    before = signal.signal(signal.SIGINT, note)
+    def handle(handlers: Mapping[signal.Signals, Any]) -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # None is one that Python has not set, and could not set again.
+    before = {n: old for n, old in handlers.items() if old not in (signal.SIG_IGN, None)}
+    handle(dict.fromkeys(before, note))
     try:
         yield received
     finally:
-        signal.signal(signal.SIGINT, before)
+        handle(before)
 
 
 def _rate(config: RunConfig, group: str) -> float:
