@@ -63,10 +63,12 @@ class Tensors:
 
     def step(self, lr=LR, grad_scale=None, found_inf=None, status=None) -> Tensor:
         options = {"momentum": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
+        if not isinstance(lr, Tensor):
+            lr = torch.tensor(lr, dtype=torch.float64)
         if status is None:
             status = torch.zeros(1, dtype=torch.int32, device=self.params[0].device)
         step_(Step(
-            self.params, self.grads, torch.as_tensor(lr, dtype=torch.float64), self.gains or (),
+            self.params, self.grads, lr, self.gains or (),
             *zip(*self.units, strict=True), self.buffers or (), self.anchors or (),
             self.duals or (), self.dual_inits or (), grad_scale, found_inf, status,
             **(options | self.options), primal=self.primal, sigma="algebraic",
