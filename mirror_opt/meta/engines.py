@@ -158,8 +158,9 @@ def mean_loss(
 def _rewinder(device: torch.device) -> Callable[[], None]:
     """What takes torch's generators, of the CPU and of a device, back to where they are now."""
     generators = [torch.default_generator]
-    if device.type != "cpu":
-        generators += [torch.get_device_module(device).default_generators[device.index or 0]]
+    # Some devices have no generators of their own (cpu, meta), or keep theirs to themselves (mps).
+    own = getattr(getattr(torch, device.type, None), "default_generators", ())
+    generators += own[device.index or 0 :][:1]
     states = [generator.get_state() for generator in generators]
 
     def rewind() -> None:
