@@ -462,6 +462,7 @@ def test_options_of_the_whole_optimizer_do_not_change_in_one_group(name, value):
         optimizer.step()
     assert same([p.detach() for p in params], [p.detach() for p in start()])
     if name == "nonfinite":
-        optimizer.defaults[name] = optimizer.param_groups[0][name] = value
+        optimizer.param_groups[1][name] = None
+        optimizer.defaults[name] = value
         params[0].grad.fill_(torch.nan)
         optimizer.step()

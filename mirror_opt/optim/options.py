@@ -31,8 +31,9 @@ __all__ = [
 
 Group = dict[str, Any]
 
-# These hold for the optimizer as a whole, and for a run rather than its checkpoint.
-RUN_OPTIONS = ("differentiable", "nonfinite")
+# These hold for the optimizer as a whole, and for a run rather than its checkpoint; and what says
+# nothing in a group.
+RUN_OPTIONS = {"differentiable": False, "nonfinite": None}
 
 _FUSED = (SeparableNeural, Euclidean)
 
@@ -166,8 +167,8 @@ def check_group(group: Group, defaults: Group) -> None:
 
 def check_run_options(group: Group, defaults: Group) -> None:
     """Raises InputError where a group has a value of its own for what holds for all of them."""
-    for name in RUN_OPTIONS:
-        if group[name] != defaults[name]:
+    for name, nothing in RUN_OPTIONS.items():
+        if group[name] not in (defaults[name], nothing):
             raise InputError(
                 f"Invalid {name}={group[name]!r} in a parameter group: it holds for the whole "
                 f"optimizer, pass it to MirrorDescent, or set it in its defaults and every group"
