@@ -125,7 +125,7 @@ STUDIES = {
         "Omniglot",
         {**_OMNIGLOT, "iterations": 300, "train_steps": 5},
         init_lrs=(3e-3,),
-        alone=(1e-3, 3e-3, 1e-2),
+        alone=(3e-4, 1e-3, 3e-3, 1e-2),
         map_lrs=(1e-3, 3e-3, 1e-2, 3e-2),
         search=_VALIDATION,
     ),

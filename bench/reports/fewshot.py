@@ -126,7 +126,9 @@ def search_table(study: str) -> str:
     for variant in dict.fromkeys(r["variant"] for r in rows):
         mine = {rates: seeds[SEARCH_SEEDS[0]] for rates, seeds in searched(study, variant).items()}
         best = min(mine.values())
-        if at_edge := edge(mine, best_rates(study, variant)):
+        # Without parameters of a map their rate says nothing.
+        rates = ("init",) if variant == "maml" else ("init", "map")
+        if at_edge := edge(mine, best_rates(study, variant), rates):
             edges.append(f"{variant} ({at_edge})")
         cells = [shown(mine[at], percent) if at in mine else "" for at in columns]
         bold = [mine.get(at) == best for at in columns]
@@ -171,10 +173,12 @@ def shown(value: float, percent: bool) -> str:
     return f"{-100 * value:.1f}" if percent else f"{value:.2g}"
 
 
-def edge(found: dict[tuple[float, float], float], chosen: tuple[float, float]) -> str:
+def edge(
+    found: dict[tuple[float, float], float], chosen: tuple[float, float], names: tuple[str, ...]
+) -> str:
     """Which of the chosen rates are at the end of what was searched, where there is a choice."""
     told = []
-    for i, name in enumerate(("init", "map")):
+    for i, name in enumerate(names):
         values = {rates[i] for rates in found}
         if len(values) > 1 and chosen[i] in (min(values), max(values)):
             told.append(f"{name} {'lowest' if chosen[i] == min(values) else 'highest'}")
