@@ -16,15 +16,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from mirror_opt import backends, fewshot, maps, meta
+from mirror_opt import fewshot, meta
 from mirror_opt.errors import InputError
-from mirror_opt.fewshot.cache import cache_dir
-from mirror_opt.runs import plots, results
+from mirror_opt.runs import listing, plots, results
 from mirror_opt.runs.compare import METHODS, compare, open_comparison
 from mirror_opt.runs.config import GUARDS, stated_default
 from mirror_opt.runs.directory import CONFIG
 from mirror_opt.runs.evaluate import evaluate_run
-from mirror_opt.runs.options import check_further, resume_command, shown
+from mirror_opt.runs.options import resume_command
 from mirror_opt.runs.train import open_run, train
 
 __all__ = ["main"]
@@ -212,64 +211,11 @@ def _plot(arguments: argparse.Namespace) -> None:
 
 
 def _maps(arguments: argparse.Namespace) -> None:
-    head = ("name", "domain", "mu", "ell", "grad h", "inverse", "summary")
-    lines = [head]
-    for name, cls in maps.REGISTRY.items():
-        # On points of a simplex, where every map is defined.
-        mirror_map = maps.create(name, [torch.full((2, 2), 0.5)])
-        if not cls.is_dgf:
-            lines.append((name, cls.domain, "-", "-", "-", "-", cls.summary))
-            continue
-        lines.append(
-            (
-                name,
-                cls.domain,
-                "yes" if bool(mirror_map.strong_convexity() > 0) else "none",
-                "yes" if bool(mirror_map.smoothness().isfinite()) else "none",
-                "closed" if mirror_map.forward_is_closed else "Newton",
-                "closed" if mirror_map.inverse_is_closed else "Newton",
-                cls.summary,
-            )
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    for line in lines:
-        cells = (f"{cell:{width}}" for cell, width in zip(line, widths, strict=True))
-        print("  ".join(cells).rstrip())
-    print("\noptions of a map, as --map-options name=value,... has them, and their defaults:")
-    for name, cls in maps.REGISTRY.items():
-        if options := check_further("map_options", {}, cls, f"map {name}"):
-            print(f"{name:{widths[0]}}  {shown(options)}")
+    print(listing.of_maps())
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    data = os.environ.get("MIRROR_OPT_DATA", "none (pass --data-dir, or set MIRROR_OPT_DATA)")
-    absent = "MIRROR_OPT_DATA" in os.environ and not Path(data).is_dir()
-    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    found = results.versions("cpu")
-    facts = {
-        "mirror_opt": found["mirror_opt"],
-        "torch": found["torch"],
-        "python": found["python"],
-        "threads": torch.get_num_threads(),
-        "cuda": ", ".join(cuda) or "none",
-        "tasks": ", ".join(fewshot.TASKS),
-        "methods": ", ".join(meta.METHODS),
-        "maps": ", ".join(maps.REGISTRY),
-        "data": f"{data} (absent)" if absent else data,
-        "cache": cache_dir(),
-    }
-    try:
-        rows = backends.status()
-    except InputError as error:  # of the environment, which names one that is not there
-        facts["backend"] = error
-        with backends.use_backend("auto"):
-            rows = backends.status()
-    for row in rows:
-        state = row.runs_on or f"not available: {row.reason}"
-        facts[f"backend {row.name}"] = f"{state} (chosen)" if row.chosen else state
-    width = max(map(len, facts))
-    for name, fact in facts.items():
-        print(f"{name:{width}}  {fact}")
+    print(listing.of_what_is_here())
 
 
 def _finish(out: Path, rows: list[dict[str, Any]]) -> None:

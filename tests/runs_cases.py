@@ -5,6 +5,16 @@ import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 
+RECOVERY = {  # of a checkpoint
+    "rate": 1.0,
+    "means": None,
+    "variances": (0.0, 0.0),
+    "bad": 0.0,
+    "time": 0,
+    "kept": [],
+    "returned": False,
+}
+
 CTRL_C = partial(signal.raise_signal, signal.SIGINT)
 
 

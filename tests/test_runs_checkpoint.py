@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs_cases import RECOVERY
 
 from mirror_opt.errors import InputError
 from mirror_opt.runs import checkpoint
@@ -20,15 +21,7 @@ STATE = {
     "iteration": 2,
     "learner": OrderedDict(weight=torch.arange(6.0).view(2, 3).bfloat16()),
     "optimizer": {"state": {0: {"step": torch.tensor(2.0)}}, "param_groups": [{"lr": 0.1}]},
-    "recovery": {
-        "rate": 1.0,
-        "means": None,
-        "variances": (0.0, 0.0),
-        "bad": 0.0,
-        "time": 0,
-        "kept": [],
-        "returned": False,
-    },
+    "recovery": RECOVERY,
     "losses": torch.tensor([2.0, float("nan")], dtype=torch.float64),
     "seconds": 0.5,
 }

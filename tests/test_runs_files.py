@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 import torch
+from runs_cases import RECOVERY
 
 from mirror_opt.errors import InputError
 from mirror_opt.files import atomic_write
@@ -21,15 +22,7 @@ STATE = {
     "iteration": 2,
     "learner": {"weight": torch.arange(6.0).view(2, 3)},
     "optimizer": {"state": {0: {"step": torch.tensor(2.0)}}, "param_groups": [{"lr": 0.1}]},
-    "recovery": {
-        "rate": 1.0,
-        "means": None,
-        "variances": (0.0, 0.0),
-        "bad": 0.0,
-        "time": 0,
-        "kept": [],
-        "returned": False,
-    },
+    "recovery": RECOVERY,
     "losses": torch.tensor([2.0, 1.0], dtype=torch.float64),
     "seconds": 0.5,
 }

@@ -16,7 +16,7 @@ from mirror_opt.meta.adapted import Adapted, AdaptedBatch, Evaluation, raise_non
 from mirror_opt.meta.engines import Automatic, check_tasks, choose_engine, map_tasks, mean_loss
 from mirror_opt.meta.inner import InnerLoop, LossFn
 from mirror_opt.meta.parameters import adapted_parameters
-from mirror_opt.meta.stability import guarded_run
+from mirror_opt.meta.stability import check_guard, guarded_run
 from mirror_opt.untraced import untraced
 
 __all__ = ["MetaLearner"]
@@ -95,7 +95,7 @@ class MetaLearner(nn.Module):
             all(map(is_integer, horizon)) and len(horizon) == 2 and 1 <= horizon[0] <= horizon[1]
         ):
             raise InputError(f"Invalid {steps=}: pass an integer >= 1 or a pair 1 <= low <= high")
-        _check_guard(guard)
+        check_guard(guard)
         if nonfinite not in ("raise", "skip"):
             raise InputError(f"Invalid {nonfinite=}: pass 'raise' or 'skip'")
         mirror_map = Euclidean() if mirror_map is None else mirror_map
@@ -143,7 +143,7 @@ class MetaLearner(nn.Module):
     # Adaptation.
 
     def _runner(self, guard: str | bool | None, steps: int):
-        guard = self.guard if guard is None else _check_guard(guard)
+        guard = self.guard if guard is None else check_guard(guard)
         if guard == "auto" and steps > self.steps:
             return partial(guarded_run, trusted=self.steps)
         return guarded_run if guard is True else InnerLoop.run
@@ -400,9 +400,3 @@ class MetaLearner(nn.Module):
         if not is_integer(steps) or steps < 0:
             raise InputError(f"Invalid {steps=}: pass an integer of at least 0")
         return steps
-
-
-def _check_guard(guard: str | bool) -> str | bool:
-    if guard != "auto" and not isinstance(guard, bool):
-        raise InputError(f"Invalid {guard=}: pass 'auto', True or False")
-    return guard

@@ -30,10 +30,11 @@ import torch
 from torch import Tensor
 
 from mirror_opt.dtypes import at_least_float32
+from mirror_opt.errors import InputError
 from mirror_opt.maps.base import dot
 from mirror_opt.meta.inner import InnerLoop, LossFn, Step, moved
 
-__all__ = ["guarded_run"]
+__all__ = ["check_guard", "guarded_run"]
 
 _DECREASE = 0.1  # c: the share of the predicted decrease that must come true
 _GAMMA = 0.7  # safety factor on 1 / beta
@@ -114,3 +115,10 @@ def guarded_run(
         gradient = inner.each(_select, accept, new_gradient, gradient)
         loss = torch.where(accept, new_loss, loss)
         yield Step(params, before, slope if slopes else None, accept)
+
+
+def check_guard(guard: str | bool) -> str | bool:
+    """The guard as it was given; raises InputError for what is none."""
+    if guard != "auto" and not isinstance(guard, bool):
+        raise InputError(f"Invalid {guard=}: pass 'auto', True or False")
+    return guard
