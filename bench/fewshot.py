@@ -213,10 +213,8 @@ def searched(name: str, variant: str) -> dict[Rates, dict[int, float]]:
 def finalists(name: str, variant: str) -> list[Rates]:
     """The best pairs of rates with the seed that the whole grid was run with."""
     found = searched(name, variant)
-    wanted, there = grid(name, variant), list(found)
-    if variant == "maml":  # without parameters of a map their rate says nothing
-        wanted, there = ([(init_lr, 0.0) for init_lr, _ in some] for some in (wanted, there))
-    if missing := [rates for rates in wanted if rates not in there]:
+    there = {told(variant, *rates) for rates in found}
+    if missing := [rates for rates in grid(name, variant) if told(variant, *rates) not in there]:
         raise SystemExit(f"{name}: search the whole grid for {variant!r} first: {missing}")
     return sorted(found, key=lambda rates: found[rates][SEARCH_SEEDS[0]])[:FINALISTS]
 
@@ -229,9 +227,14 @@ def best_rates(name: str, variant: str) -> Rates:
     return min(means, key=means.__getitem__)
 
 
+def told(variant: str, init_lr: float, map_lr: float) -> tuple[float, ...]:
+    """The rates that say something: without parameters of a map theirs does not."""
+    return (init_lr,) if variant == "maml" else (init_lr, map_lr)
+
+
 def key(stage: str, variant: str, init_lr: float, map_lr: float, seed: int) -> tuple:
-    """Which run it is; without parameters of a map their rate is no part of it."""
-    return (stage, variant, init_lr, None if variant == "maml" else map_lr, seed)
+    """Which run it is."""
+    return (stage, variant, told(variant, init_lr, map_lr), seed)
 
 
 def main() -> None:

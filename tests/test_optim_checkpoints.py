@@ -186,6 +186,15 @@ def test_checkpoint_after_a_decay_to_zero_loads():
     assert -1.0 in rates
 
 
+@pytest.mark.parametrize("lr", [-0.5, torch.tensor(-0.5), math.nan])
+def test_checkpoint_of_a_rate_that_no_decay_leaves_is_refused(lr):
+    optimizer = trained(lambda p: maps.Hypentropy())
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["lr"] = lr
+    with pytest.raises(InputError, match="Invalid lr="):
+        optimizer.load_state_dict(saved)
+
+
 def everything(optimizer):
     """All that loading may change, as text and copies."""
     packed = copy.deepcopy(optimizer.state_dict())

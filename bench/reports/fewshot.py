@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Iterator
 
-from fewshot import SEARCH_SEEDS, STUDIES, VARIANTS, best_rates, searched
+from fewshot import SEARCH_SEEDS, STUDIES, VARIANTS, best_rates, searched, told
 from results import read_rows
 
 from mirror_opt.runs.options import counted
@@ -126,9 +126,8 @@ def search_table(study: str) -> str:
     for variant in dict.fromkeys(r["variant"] for r in rows):
         mine = {rates: seeds[SEARCH_SEEDS[0]] for rates, seeds in searched(study, variant).items()}
         best = min(mine.values())
-        # Without parameters of a map their rate says nothing.
-        rates = ("init",) if variant == "maml" else ("init", "map")
-        if at_edge := edge(mine, best_rates(study, variant), rates):
+        searched_rates = {told(variant, *rates) for rates in mine}
+        if at_edge := edge(searched_rates, told(variant, *best_rates(study, variant))):
             edges.append(f"{variant} ({at_edge})")
         cells = [shown(mine[at], percent) if at in mine else "" for at in columns]
         bold = [mine.get(at) == best for at in columns]
@@ -173,16 +172,14 @@ def shown(value: float, percent: bool) -> str:
     return f"{-100 * value:.1f}" if percent else f"{value:.2g}"
 
 
-def edge(
-    found: dict[tuple[float, float], float], chosen: tuple[float, float], names: tuple[str, ...]
-) -> str:
+def edge(found: set[tuple[float, ...]], chosen: tuple[float, ...]) -> str:
     """Which of the chosen rates are at the end of what was searched, where there is a choice."""
-    told = []
-    for i, name in enumerate(names):
+    ends = []
+    for i, rate in enumerate(chosen):
         values = {rates[i] for rates in found}
-        if len(values) > 1 and chosen[i] in (min(values), max(values)):
-            told.append(f"{name} {'lowest' if chosen[i] == min(values) else 'highest'}")
-    return " and ".join(told)
+        if len(values) > 1 and rate in (min(values), max(values)):
+            ends.append(f"{('init', 'map')[i]} {'lowest' if rate == min(values) else 'highest'}")
+    return " and ".join(ends)
 
 
 @part("few-shot")

@@ -27,6 +27,7 @@ State = dict[Any, dict[str, Any]]
 # Of maps as they are packed, and of the state beside them. It lies with the map, since
 # torch.distributed.checkpoint keeps groups and state and no more.
 _VERSION = 1
+_ROUNDING = 1e-6  # of a rate
 _ADVICE = "load what MirrorDescent.state_dict() gave"
 
 
@@ -205,7 +206,8 @@ def _check_group(own: Group, group: Group) -> None:
         raise InputError(f"the checkpoint's group has no {', '.join(sorted(missing))}: {_ADVICE}")
     # Schedulers leave a rate that ends at zero a rounding error below it.
     lr = group["lr"]
-    lr = abs(lr) if is_number(lr) or isinstance(lr, Tensor) else lr
+    if (is_number(lr) or (isinstance(lr, Tensor) and lr.numel() == 1)) and -_ROUNDING <= lr < 0:
+        lr = 0.0
     check_options({**group, "mirror_map": own["mirror_map"], "lr": lr})
     check_rounding(group)
     names = checked(group.get("param_names", []), "param_names", list)

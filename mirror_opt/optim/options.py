@@ -171,7 +171,7 @@ def check_run_options(group: Group, defaults: Group) -> None:
         if group[name] not in (defaults[name], nothing):
             raise InputError(
                 f"Invalid {name}={group[name]!r} in a parameter group: it holds for the whole "
-                f"optimizer, pass it to MirrorDescent, or set it in its defaults and every group"
+                "optimizer, pass it to MirrorDescent, or set it in its defaults and every group"
             )
 
 

@@ -85,12 +85,12 @@ def plan(lists: Lists, grad_scale: Tensor | None, differentiable: bool) -> Plan:
         NewtonError: a solve of the map failed.
     """
     group, slots, params, grads, buffers, anchors, dual_inits, duals = lists
-    leaves = [slot for slot, p in zip(slots, params, strict=True) if p.is_leaf and p.requires_grad]
-    if differentiable and leaves:
-        raise InputError(
-            f"differentiable=True cannot change {parameter_name(group, leaves[0])}, a leaf tensor "
-            "that requires grad: pass non-leaf parameters, such as p.clone()"
-        )
+    for slot, p in zip(slots, params, strict=True) if differentiable else ():
+        if p.is_leaf and p.requires_grad:
+            raise InputError(
+                f"differentiable=True cannot change {parameter_name(group, slot)}, a leaf tensor "
+                "that requires grad: pass non-leaf parameters, such as p.clone()"
+            )
     check_decay(group)
     if grad_scale is not None:
         grads = [g / grad_scale.to(g.device) for g in widened(grads)]

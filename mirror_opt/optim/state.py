@@ -219,7 +219,7 @@ class States:
         places = [i for i in places if not lists.params[i].is_meta]
         if not places or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return []  # nothing can be asked
-        found = []
+        found, gathers = [], _gathers(lists.group)
         for i, old in zip(places, self._of_duals(lists, places), strict=True):
             x, whole = lists.params[i], lists.group["params"][lists.slots[i]]
             # The parameter was rounded once, to either side; the map rounds on its way.
@@ -227,7 +227,7 @@ class States:
             largest = numbers.abs().max() if x.numel() else 0.0
             rounding = _coarseness(x) * x.abs() + 64 * torch.finfo(old.dtype).eps * largest
             differs = ~((x - old).abs() <= rounding).all()
-            if _gathers(lists.group):  # all of its processes go through the map, or none
+            if gathers:  # all of its processes go through the map, or none
                 differs = anywhere(differs, meshes([whole])) != 0
             if bool(differs):
                 found.append(i)

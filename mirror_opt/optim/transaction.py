@@ -70,7 +70,7 @@ def take(
     if not differentiable:
         fused = [fused_step(x, grad_scale) for x in lists]
         if free or policy != "propagate":  # else they leave out the elements that fail
-            # Without a policy there is nothing to agree on.
+            # Who propagates does not ask other processes whether theirs fail.
             with_others = shared if policy != "propagate" else []
             could_fail = _could_fail(groups, fused, grad_scale, with_others)
             if could_fail is not None and asks:
@@ -161,8 +161,7 @@ def _failure(groups: list[Group], plans: list[Plan], failures: list[_Failure]) -
 
 
 def _failed_solve(groups: list[Group], group: Group, error: NewtonError) -> NewtonError:
-    at = next(i for i, other in enumerate(groups) if other is group)
-    where = f"the step of group {at}" if len(groups) > 1 else "the step"
+    where = f"the step of group {_place(groups, group)}" if len(groups) > 1 else "the step"
     named = NewtonError(error.status, f"{where} was not taken, and nothing was changed")
     named.__cause__ = error
     return named
@@ -197,5 +196,8 @@ def _nonfinite_result(groups: list[Group], plans: list[Plan]) -> str:
 
 def _named(groups: list[Group], group: Group, slot: int) -> str:
     unnamed = len(groups) > 1 and "param_names" not in group
-    at = next(i for i, other in enumerate(groups) if other is group)
-    return parameter_name(group, slot) + f" (group {at})" * unnamed
+    return parameter_name(group, slot) + f" (group {_place(groups, group)})" * unnamed
+
+
+def _place(groups: list[Group], group: Group) -> int:
+    return next(i for i, other in enumerate(groups) if other is group)

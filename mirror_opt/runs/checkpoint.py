@@ -89,14 +89,15 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
         )
     if any(not isinstance(state.get(k, ...), kind) for k, kind in _FIELDS.items()):
         raise InputError(broken)
-    losses, seconds = state["losses"], state["seconds"]
-    if (losses.layout, losses.dtype) != (torch.strided, torch.float64):
-        raise InputError(broken)
-    if losses.shape != (state["iteration"],) or losses.isinf().any():
-        raise InputError(broken)
-    if not 0 <= seconds < math.inf:
-        raise InputError(broken)
-    if not is_state(state["recovery"]):
+    losses = state["losses"]
+    sound = (
+        (losses.layout, losses.dtype) == (torch.strided, torch.float64)
+        and losses.shape == (state["iteration"],)
+        and not losses.isinf().any()
+        and 0 <= state["seconds"] < math.inf
+        and is_state(state["recovery"])
+    )
+    if not sound:
         raise InputError(broken)
     return state
 
