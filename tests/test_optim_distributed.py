@@ -5,6 +5,7 @@ longer than any check.
 """
 
 import distributed_cases as cases
+import distributed_harness as harness
 import pytest
 import torch
 from torch import multiprocessing
@@ -20,12 +21,12 @@ def folder(tmp_path_factory):
     # The checks of 4 processes and of 1 read what those of 2 have saved.
     folder = tmp_path_factory.mktemp("distributed")
     for world in (2, 4):
-        multiprocessing.spawn(cases.work, (world, str(folder)), nprocs=world)
+        multiprocessing.spawn(harness.work, (world, str(folder)), nprocs=world)
     return folder
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("name", cases.CHECKS)
+@pytest.mark.parametrize("name", harness.CHECKS)
 def test_in_every_process(name, world, folder):
     outcomes = [folder.joinpath(f"{name}-{world}-{rank}").read_text() for rank in range(world)]
     assert outcomes == [""] * world, "\n".join(outcomes)
@@ -39,13 +40,13 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(name, folder):
     optimizer = cases.optimizer_of(model, name)
     cases.load(model, optimizer, folder / name)
     cases.train(model, optimizer, cases.batch())
-    cases.close(list(model.parameters()), list(cases.alone(name, 6)[0].parameters()))
+    harness.close(list(model.parameters()), list(cases.alone(name, 6)[0].parameters()))
 
 
 @pytest.mark.parametrize(("name", "options"), cases.CASES, ids=str)
 def test_maps_couple_entries_only_along_the_dimensions_that_they_name(name, options):
     for shape in ((3,), (3, 4), (2, 3, 2)):
-        (x,) = cases.values(shapes=(shape,))
+        (x,) = harness.values(shapes=(shape,))
         mirror_map = cases.learned(name, [x], options)
         coupled = mirror_map.coupled(len(shape))
         assert set(coupled) <= set(range(len(shape)))
